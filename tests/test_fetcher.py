@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.cache import fetcher, parts
+from proxy.cache import fetcher, parts, readers
 from proxy.cache.fills import Fills
 from proxy.cache.parts import Part
 from proxy.cache.policy import Threshold
@@ -36,7 +36,7 @@ from storage.registry import Blob, Registry
 from storage.store import Store
 from tests.conftest import Clock, Serve, Site
 from tests.test_fills import blobs, content_of, heard, path_of
-from tests.upstream import Corrupt, Fault, Hold, Request, Reset, Status, Upstream, WrongLength
+from tests.upstream import Corrupt, Fault, Hold, Request, Reset, Status, Truncate, Upstream, WrongLength
 from tests.upstream.messages import Answer
 
 SIZE = 1_600_000
@@ -670,6 +670,101 @@ async def test_a_beginning_that_is_missing_and_refused(rig: Rig, upstream: Upstr
     assert await rig.read(digest, 0, SIZE) == BODY
     await rig.fills.ended(digest)
     assert asked(upstream) == [(0, 0), (0, 50_000)]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
+    """Pieces are small, and who waits says so often."""
+    monkeypatch.setattr(readers, "LOOK", 0.01)
+    for name, value in {"LEAST": 50_000, "LONG": 100_000, "PIECE": 150_000}.items():
+        monkeypatch.setattr(parts, name, value)
+
+
+@pytest.mark.parametrize("after", [30_000, 1])
+async def test_a_piece_that_breaks_off_is_continued_without_a_pause(
+    rig: Rig, upstream: Upstream, small: None, after: int
+) -> None:
+    digest, gate = Digest(upstream.blob("a/b", BODY)), asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    upstream.next(
+        "GET", lambda request: (request.range or "").startswith("bytes=8"), Truncate(after), times=3
+    )
+    assert await rig.read(digest, 800_000, 1_300_000) == BODY[800_000:1_300_000]  # no time has passed
+    starts = [each for each in asked(upstream) if 800_000 <= each[0] < 900_000]
+    assert starts == [(800_000 + number * after, 900_000) for number in range(4)]
+    gate.set()
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("status", [503, 500, 403])
+async def test_a_refused_transfer_holds_up_no_other(
+    rig: Rig, upstream: Upstream, clock: Clock, small: None, status: int
+) -> None:
+    digest, gates = Digest(upstream.blob("a/b", BODY)), [asyncio.Event() for _ in range(2)]
+    upstream.next("GET", digest, Hold(gates[0], after=1000))
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    works, refused = Hold(gates[1], after=1000), heard("fill.range_refused")
+    upstream.next("GET", to_ranges, works)
+    working = asyncio.create_task(rig.read(digest, 400_000, 900_000))
+    await works.reached.wait()
+    upstream.next("GET", to_ranges, Status(status, {"Retry-After": "3"}))
+    waiting = asyncio.create_task(rig.read(digest, 1_000_000, 1_400_000))
+    await refused.wait()
+    gates[1].set()
+    assert await working == BODY[400_000:900_000]  # all pieces, though no time has passed
+    clock.advance(3)
+    assert await waiting == BODY[1_000_000:1_400_000]
+    gates[0].set()
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(("fault", "seconds"), [(Status(503, {"Retry-After": "3"}), 3), (Status(403), 0.25)])
+async def test_a_refused_range_is_asked_for_again_soon(
+    rig: Rig, upstream: Upstream, clock: Clock, small: None, fault: Fault, seconds: float
+) -> None:
+    digest, gate = Digest(upstream.blob("a/b", BODY)), asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    refused = heard("fill.range_refused")
+    upstream.next("GET", to_ranges, fault)
+    waiting = asyncio.create_task(rig.read(digest, 1_000_000, 1_400_000))
+    await refused.wait()
+    clock.advance(seconds / 2)
+    (fill,) = rig.fills.in_flight()
+    fill.want(rig.source, 1_000_000, 1_400_000)
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    assert len(asked(upstream)) == 2
+    clock.advance(seconds / 2)
+    assert await waiting == BODY[1_000_000:1_400_000]
+    gate.set()
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
+async def test_pieces_by_way_of_a_redirect_cost_one_request_each(
+    rig: Rig, upstream: Upstream, small: None
+) -> None:
+    upstream.cdn = True
+    digest, gate = Digest(upstream.blob("a/b", BODY)), asyncio.Event()
+    upstream.next("GET", digest, Hold(gate, after=1000))
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    held = Hold(asyncio.Event(), after=1000)
+    upstream.next("GET", lambda request: request.kind == "cdn" and to_ranges(request), held)
+    pull = asyncio.create_task(rig.read(digest, 800_000, 1_500_000))
+    await held.reached.wait()
+    assert [each.kind for each in upstream.requests] == ["blob", "cdn", "cdn"]
+    upstream.lapse_signatures()
+    held.gate.set()
+    assert await pull == BODY[800_000:1_500_000]
+    gate.set()
+    await rig.fills.ended(digest)
+    kinds = [each.kind for each in upstream.requests]
+    assert 2 <= kinds.count("blob") <= 3  # two transfers were under way when the URL lapsed
+    assert kinds.count("cdn") >= 6
+    assert rig.store.files.path(digest).read_bytes() == BODY
 
 
 class Untold(Fault):

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.cache import parts, rest
 from proxy.cache.policy import Threshold
-from proxy.cache.refusals import LASTING, RECENT, RangeRefusals
+from proxy.cache.refusals import LASTING, RECENT, REST, RangeRefusals
 from storage.errors import OriginFailed, RegistryError, TooManyRequests
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import Blob, Registry
@@ -157,6 +157,36 @@ def test_a_refused_range_is_not_asked_for_again_at_once(clock: Clock) -> None:
     refusals.add(100, 200, OriginFailed("it failed"))
     refusals.forgive(0, 101)
     refusals.check(150)
+
+
+def test_pauses_grow_until_one_more_transfer_is_accepted(clock: Clock) -> None:
+    refusals, error = RangeRefusals(clock, SharedTable(), "up", Digest.of(b"a")), OriginFailed("it failed")
+
+    def pause(error: RegistryError) -> float:
+        assert not refusals.paused
+        refusals.pause(error)
+        refusals.pause(OriginFailed("it failed as well"))  # at the same time
+        before = clock()
+        while refusals.paused:
+            clock.advance(0.125)
+        return clock() - before
+
+    assert [pause(error) for _ in range(8)] == [0.25, 0.5, 1, 2, 4, 8, 10, 10]
+    refusals.accepted()
+    assert [pause(error) for _ in range(2)] == [0.25, 0.5]
+    refusals.accepted()
+    later = [pause(OriginFailed("it failed", retry_after=seconds)) for seconds in (0.0, 3, 0.5, 3600)]
+    assert later == [0.25, 3, 1, REST]
+    refusals.pause(error)
+    refusals.pause(TooManyRequests("for longer", retry_after=5))
+    clock.advance(4)
+    assert refusals.paused
+    refusals.resume()
+    assert pause(error) == 0.25
+    refusals.end()
+    clock.advance(1e6)
+    assert refusals.paused
+    assert refusals.ended
 
 
 class Faulty(Registry):

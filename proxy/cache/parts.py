@@ -211,6 +211,15 @@ class Parts:
         found.goal, found.home, found.left, found.assumed = goal, home, left, pace
         return found
 
+    def rest(self, part: Part) -> Part:
+        """What is left of a part that broke off, and what follows it, for the next request of its client."""
+        left, stop = max(0, part.left - (part.position - part.start)), part.stop
+        self.end_at(part.position, part)
+        found = self.take(part.position, stop)
+        found.goal, found.home, found.left = part.goal, part.home, left
+        found.assumed = part.pace(self._ticks())
+        return found
+
     def late(self, offset: int, stop: int) -> int:
         """Where the bytes of [offset, stop) end that no part brings: `offset` if these come soon."""
         now = self._ticks()

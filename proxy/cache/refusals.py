@@ -11,7 +11,7 @@ from storage.shared import SharedTable
 
 RECENT = 5.0  # seconds for which the origin is not asked again for bytes that it has refused
 LASTING = 3  # refusals, each after the time of the former, from which on all of the blob is asked for
-REST = 10.0  # seconds without further ranges after the origin has refused one beside all of the blob
+FIRST_REST, REST = 0.25, 10.0  # seconds without further transfers after a refusal: the first, and at most
 
 
 class RangeRefusals:
@@ -28,18 +28,36 @@ class RangeRefusals:
         self._table = table
         self._key = table.key("ranges", namespace, digest)
         self._paused_until = -math.inf
+        self._rest = 0.0  # seconds, of the last pause
         self._spans: dict[tuple[int, int], tuple[RegistryError, float]] = {}
 
     @property
     def paused(self) -> bool:
-        """Whether the origin is asked for no range at all."""
+        """Whether no further transfer begins: those that work bring what follows."""
         return self._ticks() < self._paused_until
 
-    def pause(self, seconds: float = REST) -> None:
-        self._paused_until = self._ticks() + seconds
+    def pause(self, error: RegistryError) -> None:
+        """The origin has refused a range beside all of the blob: longer each time, until accepted()."""
+        now = self._ticks()
+        if not self.paused:  # else it is of the same time, and says no more
+            self._rest = min(REST, max(FIRST_REST, 2 * self._rest))
+            self._paused_until = now + self._rest
+        self._paused_until = max(self._paused_until, now + min(REST, error.retry_after or 0.0))
+
+    def accepted(self) -> None:
+        """The origin has sent a range by one more transfer."""
+        self._rest = 0.0
 
     def resume(self) -> None:
-        self._paused_until = -math.inf
+        self._paused_until, self._rest = -math.inf, 0.0
+
+    def end(self) -> None:
+        """No range is requested any more."""
+        self._paused_until = math.inf
+
+    @property
+    def ended(self) -> bool:
+        return self._paused_until == math.inf
 
     def add(self, start: int, stop: int, error: RegistryError) -> None:
         """The origin has refused [start, stop)."""

@@ -8,7 +8,6 @@ While the rest of the blob is not due, a transfer goes no further than clients r
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -91,7 +90,7 @@ class Transfers:
 
     async def close(self) -> None:
         """End the transfers, and begin no more."""
-        self.refusals.pause(math.inf)
+        self.refusals.end()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -156,7 +155,8 @@ class Transfers:
 
     def reach(self, start: int, stop: int) -> int:
         """Up to where the gap is to be fetched at once: not far, while other transfers can bring the rest."""
-        return min(stop, start + self.parts.piece(self.end)) if self._long and self.sends_ranges else stop
+        in_pieces = self._long and self.ranges is not False
+        return min(stop, start + self.parts.piece(self.end)) if in_pieces else stop
 
     async def fetch_gap(self, start: int, stop: int, whole: bool) -> None:
         """Transfer the gap [start, stop), or what is missing from there on of the `whole` blob."""
@@ -220,7 +220,7 @@ class Transfers:
 
     @property
     def sends_ranges(self) -> bool:
-        """Whether the origin may be asked for a range."""
+        """Whether one more transfer may ask the origin for a range."""
         return self.ranges is not False and not self.refusals.paused
 
     def start(self, source: BlobSource, start: int, stop: int) -> asyncio.Task[None]:
@@ -285,10 +285,13 @@ class Transfers:
                 return self.parts.following(part, self.size, self._long > 0 and not self._waiting)
         except Dropped:
             pass
+        except Unavailable as error:
+            if part.start < part.position < part.stop:
+                self._log_refused(part, error)
+                return self.parts.rest(part)
+            await self._refused(source, part, error)
         except RegistryError as error:
-            if not self._fill.rest.due and not part.granted:
-                await self._count(source, error)
-            self._refuse(part, error)
+            await self._refused(source, part, error)
         except Exception as error:  # it would meet whoever asks again
             self._fail(source, part, error)
         finally:
@@ -298,7 +301,7 @@ class Transfers:
     def _fail(self, source: BlobSource, part: Part, error: Exception) -> None:
         failure = OriginFailed(f"a range of {source.name} could not be fetched: see the log")
         self.refusals.add(part.start, part.stop, failure)
-        self.refusals.pause(math.inf)
+        self.refusals.end()
         self._fill.rest.fail(failure)
         self._fill.log.error("fill.failed", error=repr(error), exc_info=error)
 
@@ -326,12 +329,14 @@ class Transfers:
         finally:
             await self._close(blob)
 
-    def _refuse(self, part: Part, error: RegistryError) -> None:
+    async def _refused(self, source: BlobSource, part: Part, error: RegistryError) -> None:
         rest = self._fill.rest
+        if not rest.due and not part.granted:
+            await self._count(source, error)
         if rest.due:
             # It may refuse a second transfer, with any status, while it goes on with the first.
             if self.size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
-                self.refusals.pause()
+                self.refusals.pause(error)
             self.ranges = self.ranges and None  # only one range asks whether it is over
         elif isinstance(error, StorageFailed):
             rest.fail(error)
@@ -342,18 +347,23 @@ class Transfers:
         else:
             self.refusals.add(part.position, part.stop, error)
             self.upload.refuse(part.position, part.stop)
+        self._log_refused(part, error)
+
+    def _log_refused(self, part: Part, error: RegistryError) -> None:
         self._fill.log.info("fill.range_refused", offset=part.position, error=str(error))
 
     async def _open(self, source: BlobSource, part: Part) -> Blob | None:
         """The transfer of a part; None if its bytes have come meanwhile, or the origin does not send it."""
-        if self.ranges is None:
+        if self.ranges is None and not part.granted:
             async with self._asking:  # the first answer tells whether the origin sends ranges
                 if self.ranges is None:
                     return await self._request(source, part)
         return await self._request(source, part)
 
     async def _request(self, source: BlobSource, part: Part) -> Blob | None:
-        if not self.sends_ranges or self.refusals.lasting or not (part.granted or self.parts.clip(part)):
+        if self.ranges is False or self.refusals.lasting or self.refusals.ended:
+            return None
+        if not part.granted and (self.refusals.paused or not self.parts.clip(part)):
             return None
         part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
@@ -362,6 +372,8 @@ class Transfers:
         try:
             self.ranges = not blob.whole and blob.position == part.position and size >= 0
             self.refusals.reset()
+            if not part.granted:
+                self.refusals.accepted()
             if self.ranges and self.size < 0 <= size:
                 await self._begin(source, blob, part)
             elif self.ranges and size != self.size:

@@ -338,7 +338,7 @@ async def test_tls_within_tls_is_left_to_aiohttp(server: Server) -> None:
         for proxy, possible in ((None, True), ("http://proxy", True), ("https://proxy", False)):
             server.answers.append(response(BODY))
             async with session.get(server.url, ssl=TRUSTING.ssl_context()) as answer:
-                body = SocketBodies(5, proxy).take(answer)
+                body = SocketBodies(lambda: asyncio.timeout(5), proxy).take(answer)
                 assert (body is not None) is possible
                 if body is not None:
                     body.close()

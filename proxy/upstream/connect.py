@@ -18,7 +18,7 @@ class Connect:
     the wait for the response to a request that writes, once its body is sent: registries hash and move
     content before they answer.  Without `private_home` the upstream itself must not have a private address.
     Its certificate is for `server_name`, by default for the host of its URL.  With `trace`, requests to it
-    say of which trace they are.  A server that does not answer for `silence` is pinged: see liveness.py.
+    say of which trace they are.  A server that sends nothing for `silence` is pinged: see liveness.py.
     """
 
     ca_file: Path | None = None

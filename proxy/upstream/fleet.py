@@ -17,7 +17,7 @@ from storage.shared import SharedState
 
 # Seconds.  One that is down is to be left out at once.  One that has been asked may have to ask an upstream.
 CONNECT, ANSWER, PROGRESS = 1.0, 15.0, 15.0
-SILENCE = 2.0  # seconds after which one that has not answered is asked whether it is there
+SILENCE = 1.0  # seconds after which one that sends nothing is asked whether it is there
 
 
 def connect_to_peers(config: Config) -> Connect:

@@ -81,7 +81,7 @@ class Download(Blob):
         if start < self._position:
             raise ValueError(f"byte {start} has been read already")
         try:
-            async for chunk in self._response.content.iter_any():
+            while chunk := await self._next():
                 await self._received(len(chunk))
                 # An upstream that ignores Range sends the bytes before `start` again.
                 skipped = min(len(chunk), start - self._position)
@@ -94,6 +94,11 @@ class Download(Blob):
                     return
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._transport.broken(self._response, error) from error
+
+    async def _next(self) -> bytes:
+        """The bytes that come next; none at the end."""
+        async with self._transport.coming():
+            return await self._response.content.readany()
 
     @property
     def unread(self) -> int:

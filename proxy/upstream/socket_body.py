@@ -13,7 +13,8 @@ import ssl
 import sys
 import termios
 import threading
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, cast
 
 import aiohttp
@@ -33,11 +34,11 @@ _memory = threading.local()
 class SocketBodies:
     """The bodies that are read from their sockets, of the upstream behind `proxy`, if there is one.
 
-    Each fails after so many seconds of `patience` in which nothing comes.
+    Each fails where a wait for more of it in `coming()` raises TimeoutError.
     """
 
-    def __init__(self, patience: float, proxy: str | None) -> None:
-        self.patience = patience
+    def __init__(self, coming: Callable[[], AbstractAsyncContextManager[object]], proxy: str | None) -> None:
+        self.coming = coming
         self.open: set[SocketBody] = set()
         self._nested = proxy is not None and proxy.startswith("https:")  # TLS within TLS
 
@@ -111,7 +112,7 @@ class SocketBody:
                 self._found = 0
                 await asyncio.sleep(self._pause)
             if not self._arrived:
-                async with asyncio.timeout(self._bodies.patience):
+                async with self._bodies.coming():
                     await self._readable()
             self._empty = False
         if self._error is not None:

@@ -33,7 +33,7 @@ from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.connect import Connect
 from proxy.upstream.listing_memory import ignore
-from proxy.upstream.liveness import answering
+from proxy.upstream.liveness import answering, coming
 from proxy.upstream.redirects import RedirectMemory, good_for
 from proxy.upstream.sent_span import described, note_status
 from proxy.upstream.socket_body import SocketBodies
@@ -91,7 +91,8 @@ class Transport:
         # Two pools: a connection made for the upstream itself is never used for a redirect.
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._closed = False
-        self.bodies = SocketBodies(connect.progress_timeout, connect.proxy)
+        self.coming = partial(coming, connect.progress_timeout, connect.silence, self._ping)
+        self.bodies = SocketBodies(self.coming, connect.proxy)
 
     def _session(self, home: bool) -> aiohttp.ClientSession:
         """The pool of connections to the upstream itself, or that for redirects; opened when it is needed."""
@@ -353,7 +354,7 @@ class Transport:
         Raises OriginTimeout, and OriginFailed if it has more than `limit` bytes or ends early.
         """
         try:
-            async with asyncio.timeout(self._connect.progress_timeout):
+            async with self.coming():
                 return await self._body(response, limit, take)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self.broken(response, error) from error

@@ -18,6 +18,8 @@ from proxy.admin.api.client import AdminClient, OperationFailed
 from proxy.admin.combination import COMBINE, drilling
 from proxy.admin.fleet import Fleet
 from proxy.admin.operations import OPERATIONS
+from proxy.cli.history import history_tables
+from proxy.cli.maintenance import scrub_tables
 from proxy.upstream.peers import PEER, SECRET
 from proxy.upstream.replicas import EXCHANGE, PATH, FleetRequest
 from storage.oci import Digest, Tag
@@ -87,6 +89,24 @@ async def test_what_is_stored_is_told_by_replica(fleet: Replicas, upstream: Upst
         assert row.replica is None
         (image,) = (await each.ask.images("docker.io")).images
         assert image.replica is None
+
+
+async def test_who_answers_for_itself_alone_says_so(fleet: Replicas, upstream: Upstream) -> None:
+    image_of(upstream)
+    owner, *others = fleet.ranked(NAME)
+    for replica in (owner, others[0]):
+        await pulled(replica)
+        one = Operator(replica)
+        history, scrub = await one.ask.history(TAG), await one.ask.scrub()
+        assert {history.replica, scrub.replica, (await one.ask.scrubbing()).replica} == {replica.url}
+        found = await one.ask.find("docker.io/**")
+        assert (found.replica, found.matched) == (replica.url, 1)
+        for table in (*history_tables(history, 0.0), *scrub_tables(scrub, 0.0)):
+            assert any(replica.url.removeprefix("http://") in note for note in table.notes)
+    found = await Operator(others[1]).ask.find("docker.io/**")
+    assert (found.replica, found.matched) == (others[1].url, 0)
+    alone = msgspec.structs.replace(scrub, replica=None)
+    assert not any("replica" in note for table in scrub_tables(alone, 0.0) for note in table.notes)
 
 
 async def test_pages_have_each_image_once(fleet: Replicas, upstream: Upstream) -> None:

@@ -19,9 +19,10 @@ import structlog
 
 from proxy.admin.activity_reports import FillsNow
 from proxy.admin.acts import ActControl, FleetAct, digest_of
-from proxy.admin.answers import Answers
+from proxy.admin.answers import Answers, of_replica
 from proxy.admin.combination import COMBINE, watched
 from proxy.admin.fill_feed import FillFeed
+from proxy.admin.models import ReplicaModel
 from proxy.admin.notices import warn
 from proxy.admin.operations import OPERATIONS, Operation, Operations, perform
 from proxy.admin.sent import SentOperations
@@ -95,7 +96,9 @@ class Fleet(SentOperations):
     async def send(self, operation: Operation, parameters: msgspec.Struct) -> Any:
         """The answer of all replicas.  Raises RegistryError, FieldInvalid."""
         arguments = msgspec.structs.asdict(parameters)
-        if not operation.everywhere or (operation.private and self._sharing):
+        if not operation.everywhere:
+            return await self._named(await perform(self._own, operation, arguments))
+        if operation.private and self._sharing:
             return await perform(self._own, operation, arguments)
         found: dict[str, Any] = {}
         here, act = await self._here(operation, arguments)
@@ -119,6 +122,12 @@ class Fleet(SentOperations):
             raise here
         without = [url for url, each in {own: here, **answers}.items() if _is_without(each)]
         return COMBINE[operation.name](Answers(found, arguments, without))
+
+    async def _named(self, found: Any) -> Any:
+        """What this replica has found, with its name if there are others, which may have another answer."""
+        if isinstance(found, ReplicaModel) and self._peers.own is not None and await self._others():
+            return of_replica(self._peers.own, found)
+        return found
 
     def follow(self, operation: Operation, parameters: msgspec.Struct) -> AsyncIterator[Any]:
         """The fills of all replicas, once or at each change."""

@@ -114,7 +114,7 @@ class ImageNode(Model, frozen=True):
     replicas: list[str] = []
 
 
-class Found(Model, frozen=True):
+class Found(ReplicaModel, frozen=True):
     """A part of the tags that match a pattern; `matched` is the number of all."""
 
     images: list[ImageRow]

@@ -175,7 +175,7 @@ class ScrubRow(Model, frozen=True):
     digest: str
 
 
-class Scrubbing(Model, frozen=True):
+class Scrubbing(ReplicaModel, frozen=True):
     """The slow background scrub of the server, and the last scrub that an operator `asked` for.
 
     `error` is what ended the latter early, or None.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from proxy.admin.models import Model
+from proxy.admin.models import Model, ReplicaModel
 
 Change: TypeAlias = Literal["added", "removed", "changed", "same"]
 
@@ -28,7 +28,7 @@ class HistoryRow(Model, frozen=True):
     platforms: list[str]
 
 
-class TagHistory(Model, frozen=True):
+class TagHistory(ReplicaModel, frozen=True):
     """What a tag stood for, the latest first."""
 
     repository: str

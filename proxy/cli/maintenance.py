@@ -17,6 +17,7 @@ from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common
 from proxy.cli.fills import show_fills
 from proxy.cli.help import command
+from proxy.cli.replicas import named
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_past, format_share, format_size, plural
 from storage.names import written
@@ -118,7 +119,7 @@ def scrub_tables(found: reports.Scrubbing, now: float) -> Sequence[Table]:
             )
     if found.error is not None:
         table.notes.append(f"the requested scrub failed: {found.error}")
-    return [table]
+    return [named(table, found)]
 
 
 COMMANDS = (refresh, scrub)

@@ -22,3 +22,10 @@ def by_replica(table: Table, rows: Sequence[ReplicaModel]) -> Table:
         lines = zip(table.rows, rows, strict=True)
         table.rows = [[*line, replica_name(each.replica) if each.replica else ALL] for line, each in lines]
     return table
+
+
+def named(table: Table, found: ReplicaModel) -> Table:
+    """The table with a note of which replica it is, if others may have another one."""
+    if found.replica is not None:
+        table.notes.append(f"this is what {replica_name(found.replica)} knows; other replicas were not asked")
+    return table

@@ -89,11 +89,15 @@ def _lay_out_libraries(place: Path, libraries: Path | None) -> None:
 
 def _build_site(copy: Path, libraries: Path) -> None:
     """Put the documentation into a copy of the source, by the Python and the libraries of the package."""
-    path = (copy, libraries, sysconfig.get_path("purelib"))  # the last has MkDocs, which is plain Python
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     words = ("-m", "mkdocs", "build", "--quiet", f"--config-file={ROOT / 'mkdocs.yml'}")
-    place = f"--site-dir={copy / 'proxy/ui/site'}"
-    _run("/usr/bin/python3", "-BsS", *words, place, cwd=copy, environment=environment)
+    mkdocs = sysconfig.get_path("purelib")  # all of it is plain Python
+    with tempfile.TemporaryDirectory() as metadata:  # the reference says which version it is
+        setup = (sys.executable, "-c", "import setuptools; setuptools.setup()", "--quiet", "egg_info")
+        _run(*setup, f"--egg-base={metadata}", cwd=copy)
+        path = os.pathsep.join(map(str, (copy, metadata, libraries, mkdocs)))
+        environment = {**os.environ, "PYTHONPATH": path}
+        site = f"--site-dir={copy / 'proxy/ui/site'}"
+        _run("/usr/bin/python3", "-BsS", *words, site, cwd=copy, environment=environment)
 
 
 def _lay_out_units(tree: Path) -> None:

@@ -181,14 +181,7 @@ def _install_entrepot(target: Path, epoch: int, python: ImagePython, libraries: 
             shutil.copytree(
                 SOURCE / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "site")
             )
-        words = ["-m", "mkdocs", "build", "--quiet", f"--config-file={SOURCE / 'mkdocs.yml'}"]
-        mkdocs = sysconfig.get_path("purelib")  # all of it is plain Python
-        python.run(
-            *words,
-            f"--site-dir={source / 'proxy/ui/site'}",
-            libraries=[source, libraries, mkdocs],
-            directory=source,
-        )
+        _build_site(source, python, libraries)
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
         command = [*pip, "--no-build-isolation", f"--wheel-dir={temporary}", str(source)]
         time = max(epoch, EARLIEST)
@@ -196,6 +189,17 @@ def _install_entrepot(target: Path, epoch: int, python: ImagePython, libraries: 
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target)
+
+
+def _build_site(source: Path, python: ImagePython, libraries: Path) -> None:
+    """Put the documentation into a copy of the source."""
+    words = ["-m", "mkdocs", "build", "--quiet", f"--config-file={SOURCE / 'mkdocs.yml'}"]
+    mkdocs = sysconfig.get_path("purelib")  # all of it is plain Python
+    with tempfile.TemporaryDirectory() as metadata:  # the reference says which version it is
+        setup = [sys.executable, "-c", "import setuptools; setuptools.setup()", "--quiet", "egg_info"]
+        subprocess.run([*setup, f"--egg-base={metadata}"], check=True, cwd=source)
+        path = [source, Path(metadata), libraries, mkdocs]
+        python.run(*words, f"--site-dir={source / 'proxy/ui/site'}", libraries=path, directory=source)
 
 
 def _remove_records(tree: Path) -> None:

@@ -54,12 +54,12 @@ def blobs(site: Site) -> list[bytes]:
     return [path.read_bytes() for path in (site.directory / "cache" / "blobs").glob("*/*/*")]
 
 
-def heard(event: str) -> asyncio.Event:
-    """Set when the server says so."""
-    found = asyncio.Event()
+def heard(event: str, times: int = 1) -> asyncio.Event:
+    """Set when the server has said so so many times."""
+    found, left = asyncio.Event(), iter(range(times - 1))
 
     def listen(logger: object, method: str, entry: Any) -> Any:
-        if entry["event"] == event:
+        if entry["event"] == event and next(left, None) is None:
             found.set()
         return entry
 

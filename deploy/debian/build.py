@@ -70,7 +70,7 @@ def _lay_out_libraries(place: Path, libraries: Path | None) -> None:
     for path in place.rglob("*"):
         if path.name == ".gitignore":
             path.unlink()
-        else:  # whatever the umask is
+        elif not path.is_symlink():  # whatever the umask is
             path.chmod(0o755 if path.is_dir() else 0o644)
     _run(
         "/usr/bin/python3",

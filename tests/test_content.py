@@ -16,6 +16,7 @@ from obstore.store import LocalStore
 
 from storage.bucket.blobs import BucketBlobs
 from storage.bucket.objects import Bucket, BucketHealth
+from storage.bucket.owner import MARKER
 from storage.content import BlobContent
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
@@ -90,7 +91,9 @@ content = BucketBlobs(bucket, SQLiteRecords(directory / "records", durable=True)
         self.content = BucketBlobs(bucket, self.records, directory, clock, ticks=clock)
 
     def keys(self) -> list[str]:
-        return [str(each["path"]) for portion in obstore.list(self.store) for each in portion]
+        """Those of blobs: another one says whose they are."""
+        found = (str(each["path"]) for portion in obstore.list(self.store) for each in portion)
+        return [key for key in found if key != MARKER]
 
     def objects(self) -> list[Digest]:
         found = []

@@ -107,5 +107,6 @@ UNSEEN = {
     "entrepot_peers": "the alert for a replica is about one that is known",
     "entrepot_collection_duration_seconds": "collections are rare",
     "entrepot_scrub_checked_total": "their bytes are shown",
+    "entrepot_extension_calls_total": "most servers have no extensions",
     "entrepot_issued_tokens_total": "the requests for them are among all requests",
 }

@@ -744,21 +744,6 @@ async def test_a_refused_range_is_asked_for_again_soon(
     assert rig.store.files.path(digest).read_bytes() == BODY
 
 
-async def test_what_others_bring_ends_the_wait_of_the_fill(
-    rig: Rig, upstream: Upstream, clock: Clock, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fetcher, "LONGEST_WAIT", 100_000.0)
-    digest = Digest(upstream.blob("a/b", BODY))
-    refused = heard("fill.interrupted", times=2)
-    upstream.next("GET", digest, Truncate(1000))
-    upstream.next("GET", digest, Status(503, {"Retry-After": "100000"}))
-    assert await rig.read(digest, 0, 999) == BODY[:999]
-    await refused.wait()
-    clock.advance(100_000)  # for ranges; the fill itself waits by the clock of the event loop
-    assert await rig.read(digest, 0, SIZE) == BODY
-    assert rig.store.files.path(digest).read_bytes() == BODY
-
-
 async def test_pieces_by_way_of_a_redirect_cost_one_request_each(
     rig: Rig, upstream: Upstream, small: None
 ) -> None:

@@ -138,14 +138,7 @@ class Fetcher:
                 self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))
                 wait = min(error.retry_after or 0.0, LONGEST_WAIT)
             if failures:
-                await self._wait(max(wait, self._backoff * 2 ** (failures - 1)))
-
-    async def _wait(self, seconds: float) -> None:
-        """Wait so long, or until other transfers have brought what is missing."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self._transfers.upload.offset < self._transfers.end:
-                    await self._rest.change()
+                await asyncio.sleep(max(wait, self._backoff * 2 ** (failures - 1)))
 
     async def _promised(self) -> bool:
         """Whether clients know the size of the blob; if some of it is there, they may, and read that."""

@@ -101,7 +101,7 @@ async def _block() -> None:
     RELEASE.wait(PATIENCE)
 
 
-# What code of extensions may do, and the words in which it is told.
+# What code of extensions may do, and what the server says of it.
 MISBEHAVIOURS: dict[str, tuple[Callable[[], Any], str]] = {
     "raise": (_raises(RuntimeError("no reason\nsecond line")), "raised RuntimeError: no reason"),
     "raise without a message": (_raises(KeyError()), "raised KeyError"),

@@ -54,7 +54,7 @@ class Verifier:
         return await self.tokens.verify("", token)
 
     async def refused(self, token: str, tokens: OIDCTokens | None = None) -> tuple[str, str]:
-        """What the client is told, and what is logged."""
+        """What the response says to the client, and what is logged."""
         with pytest.raises(TokenRefused) as raised:
             await (tokens or self.tokens).verify("", token)
         return str(raised.value), raised.value.detail

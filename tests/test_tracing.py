@@ -677,7 +677,7 @@ async def test_what_the_policy_needs_is_a_part_of_the_request(
     assert collector.children(verified)
 
 
-# Whom the trace is told
+# Which upstreams get the traceparent
 
 
 async def test_replicas_of_a_fleet_continue_the_trace(

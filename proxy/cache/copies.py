@@ -23,6 +23,7 @@ from proxy.cache.fills import Fills
 from proxy.cache.readers import BlobSource
 from storage.concurrency import SingleFlight, run_in_thread
 from storage.content import files_of
+from storage.disk.health import write_all
 from storage.disk.modes import create_file
 from storage.disk.uploads import FileBlob
 from storage.errors import BlobUnknown, StorageFailed
@@ -236,9 +237,7 @@ class _Arrival:
         buffer = memoryview(bytearray(self._size - self._came))
         number = readinto(buffer)
         self._hash.update(buffer[:number])
-        written = 0
-        while written < number:
-            written += os.write(self.file, buffer[written:number])
+        write_all(self.file, buffer[:number], self._came)
         self._came += number
         return number
 

@@ -126,9 +126,27 @@ def test_variables_of_others_are_no_keys() -> None:
     environ = {
         "ENTREPOT_PORT": "tcp://10.0.0.1:80",
         "ENTREPOT_SERVICE_HOST": "10.0.0.1",
+        **{f"ENTREPOT_{name}_PORT_5000_TCP_ADDR": "10.0.0.1" for name in ("DISK", "PEERS", "TLS")},
+        **{f"ENTREPOT_{name}_SERVICE_PORT": "80" for name in ("DISK", "PEERS", "NAMESPACES", "TLS")},
         "ENTREPOT_CONFIG": "/x",
     }
     assert load(None, environ) == load(None, {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("DISK_CACHE_LIMIT", "DISK__CACHE_LIMIT"),
+        ("ACCESS_TOKEN_ENDPOINT_LIFETIME", "ACCESS__TOKEN_ENDPOINT__LIFETIME"),
+        ("NAMESPACES_DOCKER_IO_FRESH_FOR", "NAMESPACES__DOCKER_IO__FRESH_FOR"),
+        ("WEBHOOKS_0_URL", "WEBHOOKS__0__URL"),
+        ("NAMESPACES_DOCKER_IO_UPSTREAM_URL", "NAMESPACES__DOCKER_IO__UPSTREAM__URL"),
+    ],
+)
+def test_a_variable_with_one_underscore_for_two_is_refused(variable: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {f"ENTREPOT_{variable}": "1"})
+    assert str(caught.value) == f"ENTREPOT_{variable}: is no key; did you mean ENTREPOT_{meant}?"
 
 
 @pytest.mark.parametrize(

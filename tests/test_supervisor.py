@@ -13,6 +13,7 @@ import pytest
 from structlog.testing import LogCapture
 from yarl import URL
 
+from proxy.config import schema
 from proxy.config.errors import ConfigError, StartError
 from proxy.config.hosts import Address
 from proxy.config.schema import Config, Hosting, NamespaceConfig
@@ -117,7 +118,7 @@ async def test_as_many_workers_as_are_configured_serve_behind_one_port(site: Sit
 
 
 async def test_auto_is_one_for_each_core(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(schema, "count_cores", lambda: 3)
     parent = site.parent(config=msgspec.structs.replace(CONFIG, workers=None))
     await parent.start()
     assert len(site.lines()) == 3

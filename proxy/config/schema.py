@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import os
 import re
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ import msgspec
 
 from proxy.config.access import AccessConfig
 from proxy.config.audit import AuditConfig
+from proxy.config.cores import count_cores
 from proxy.config.directories import default_cache_directory
 from proxy.config.extensions import ExtensionConfig
 from proxy.config.fields import Duration, File, Flag, Freshness, Host, Keep, Section, Size, Text, Timeout
@@ -306,7 +306,7 @@ class Config(Section, frozen=True):
 
     def processes(self) -> int:
         """The number of worker processes."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or count_cores()
 
     def admin_tls(self) -> TLS | None:
         """The TLS of the admin listener: none on a loopback address, where no token leaves the machine."""

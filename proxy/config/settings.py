@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Annotated, Any
@@ -54,21 +54,55 @@ def environment(environ: Mapping[str, str]) -> list[Setting]:
     """The settings among the variables.
 
     One that names neither a key nor a part of one is none: others use the prefix too, such as Kubernetes for
-    a Service called entrepot.
+    a Service called entrepot.  Raises Faults about one that names a key but for the number of underscores.
     """
     known = _top_keys()
-    found = []
+    found, faults = [], []
     for name, value in environ.items():
         if name.startswith(PREFIX):
             keys = tuple(name.removeprefix(PREFIX).split("__"))
             if len(keys) > 1 or keys[0].lower() in known:
                 found.append(Setting(name, keys, value, variable=True))
+            elif meant := _with_more_underscores(keys[0]):
+                faults.append(Fault("", f"is no key; did you mean {PREFIX}{meant}?", name))
+    if faults:
+        raise Faults(*faults)
     return sorted(found, key=lambda each: (len(each.keys), each.source))
 
 
 @cache
 def _top_keys() -> frozenset[str]:
     return frozenset(field.encode_name for field in msgspec.structs.fields(Config))
+
+
+def _with_more_underscores(variable: str) -> str | None:
+    """The variable of the key that this one would name if some of its underscores were two."""
+    for pattern, form in _inner_keys():
+        if found := pattern.fullmatch(variable):
+            return form.format(*found.groups())
+    return None
+
+
+@cache
+def _inner_keys() -> list[tuple[re.Pattern[str], str]]:
+    """Each key within a section: its variable with single underscores, and a format for the right one."""
+    forms = [form for form in _variables(Config) if "__" in form]
+    names = ((form, form.replace("__", "_").replace("{}", "(.+)")) for form in forms)
+    return [(re.compile(name), form) for form, name in names]
+
+
+def _variables(kind: Any) -> Iterator[str]:
+    """The keys in a value of that type; `{}` is the name in a mapping, or the number in a list."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType, Annotated):
+        for each in inner if origin is not Annotated else inner[:1]:
+            yield from _variables(each)
+    elif origin in (dict, tuple):
+        yield from (f"{{}}__{each}" for each in _variables(inner[origin is dict]))
+    elif isinstance(kind, type) and issubclass(kind, Section):
+        for field in msgspec.structs.fields(kind):
+            name = field.encode_name.upper()
+            yield from (name, *(f"{name}__{each}" for each in _variables(field.type)))
 
 
 def parse_setting(text: str) -> Setting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
+from proxy.config.cores import count_cores
 from proxy.config.errors import StartError
 from proxy.config.hosts import Address, local_url
 from proxy.config.schema import Config
@@ -178,7 +178,7 @@ def check_certificate(config: Config) -> list[Check]:
 
 def check_limits(config: Config) -> list[Check]:
     """The checks of the number of processes and of open files."""
-    cores, processes = os.cpu_count() or 1, config.processes()
+    cores, processes = count_cores(), config.processes()
     counts = f"{processes} on {cores} cores"
     if processes > 2 * cores:
         found = [warning("workers", "-", counts, "set workers: auto, for one per core")]

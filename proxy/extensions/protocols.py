@@ -29,6 +29,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+__all__ = [
+    "VERSION",
+    "ClientRequest",
+    "ConditionResult",
+    "CredentialProvider",
+    "EventSink",
+    "HostLogin",
+    "JudgedManifest",
+    "ObjectStorage",
+    "OfferedBlob",
+    "OfferedManifest",
+    "OfferedObject",
+    "PolicyCondition",
+    "RequestMiddleware",
+    "RequestRefusal",
+    "ResponseHeaders",
+    "UpstreamSource",
+]
+
 VERSION = 1  # of all protocols here: a change that breaks extensions makes another one
 
 

@@ -14,6 +14,7 @@ from generated.markdown import code, paragraphs
 PACKAGES = (
     "storage",
     "proxy",
+    "proxy.extensions.protocols",
     "proxy.testing.registry",
     "proxy.testing.mirror",
     "proxy.testing.failures",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
@@ -337,21 +335,6 @@ def test_a_url_that_is_invalid_is_not_shown(tmp_path: Path) -> None:
             private_store(configured(tmp_path, records=url))
         assert "hunter2" not in str(caught.value)
         assert "hunter2" not in repr(configured(tmp_path, records=url))
-
-
-def test_without_a_database_its_client_is_not_loaded(tmp_path: Path) -> None:
-    config = tmp_path / "entrepot.yml"
-    configured(tmp_path)
-    program = (
-        "import sys; from pathlib import Path; from proxy.config.loader import load\n"
-        "from proxy.namespaces import composition\n"
-        "from proxy.server import process\n"
-        f"parts = composition.compose(load(Path({str(config)!r}), {{}}))\n"
-        "assert parts.private is not None\n"
-        "print([each for each in sys.modules if 'psycopg' in each or 'postgres' in each])"
-    )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"
 
 
 # One at a time

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator
@@ -200,3 +202,21 @@ async def test_an_unexpected_error_is_told_once(
     with pytest.raises(StartError, match=r"^an unexpected error: no sense \(set log\.level to debug"):
         await supervisor.Supervisor(config, lambda: config, run).start()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.clients
+def test_a_server_loads_no_library_that_its_configuration_does_not_use(tmp_path: Path) -> None:
+    namespaces = "{local: {store: {}}, docker.io: {upstream: 'https://a.example'}}"
+    (tmp_path / "entrepot.yml").write_text(f"disk: {{path: {tmp_path}}}\nnamespaces: {namespaces}\n")
+    unused = {"bcrypt", "cryptography", "jinja2", "joserfc", "obstore", "opentelemetry", "psycopg", "redis"}
+    program = (
+        "import sys; from pathlib import Path\n"
+        "import proxy.cli.main, proxy.server.process\n"
+        "from proxy.config.loader import load\n"
+        "from proxy.namespaces import composition\n"
+        f"parts = composition.compose(load(Path({str(tmp_path / 'entrepot.yml')!r}), {{}}))\n"
+        "assert parts.private is not None\n"
+        f"print({unused} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"

@@ -58,7 +58,10 @@ def ls(call: CommandContext, pattern: str, tags: bool, order: str) -> None:
         return found
 
     async def work(operations: Operations) -> None:
-        call.print(_sorted(await question(operations), _ORDERS[order]), listing_tables)
+        found = await question(operations)
+        if pattern != "*" and not (found.repositories or found.images):
+            found.notes.append("A full name begins with its namespace, as in docker.io/library/alpine.")
+        call.print(_sorted(found, _ORDERS[order]), listing_tables)
 
     call.run(work)
 

@@ -341,12 +341,13 @@ class Push:
     ) -> dict[str, str]:
         session = Route(Endpoint.UPLOAD, route.name, None, route.prefix, upload.id)
         location = build_location(session, exchange.ns)
+        url = absolute(request, location)
         return {
             **COMMON,
             **cache_headers(exchange),
-            "Location": location,
+            "Location": location if _resolves(request, url) else url,
             # Ollama takes this one first, and does not resolve it.
-            "Docker-Upload-Location": absolute(request, location),
+            "Docker-Upload-Location": url,
             # Also for an empty upload: the header cannot express an empty range, and clients expect this one.
             "Range": f"0-{max(0, upload.offset - 1)}",
             "Docker-Upload-UUID": upload.id,
@@ -361,6 +362,16 @@ class Push:
 
     def _deleted(self, exchange: Exchange) -> web.Response:
         return empty(202, {**COMMON, **cache_headers(exchange), "Content-Length": "0"})
+
+
+def _resolves(request: web.BaseRequest, url: str) -> bool:
+    """Whether this client may get a relative Location, which is the right one behind any proxy.
+
+    Charliecloud does not resolve it.  It always uses HTTPS, so where `url` has another scheme, a proxy that
+    does not say so may be in front.
+    """
+    agent = request.headers.get("User-Agent", "")
+    return not (agent.startswith("python-requests/") and url.startswith("https:"))
 
 
 async def _continue(request: web.BaseRequest) -> None:

@@ -1,0 +1,59 @@
+"""Charliecloud pulls by prefixed name, and pushes to a store: by TLS, which it always uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.clients.conftest import Images
+from tests.clients.images import Image, digest_of
+from tests.clients.processes import environment, require, run
+from tests.clients.site import Site, pull_cold_warm_offline
+
+# By the system's Python, for which Debian has its libraries.
+PROGRAM = ("/usr/bin/python3", "/usr/bin/ch-image", "--no-cache")
+
+
+class Charliecloud:
+    def __init__(self, site: Site, home: Path) -> None:
+        require("ch-image", root=False)
+        self._home = home
+        self._storages = 0
+        ca = {"REQUESTS_CA_BUNDLE": str(site.ca), "USER": "nobody"}
+        self._environment = environment(home, **ca)
+
+    def run(self, command: str, *words: str) -> str:
+        storage = {"CH_IMAGE_STORAGE": f"{self._home}/storage-{self._storages}"}
+        return run([*PROGRAM, command, *words], {**self._environment, **storage})
+
+    def pull(self, name: str) -> set[str]:
+        """Pull into a new storage.  Returns the digests of what came to lie there."""
+        self._storages += 1
+        self.run("pull", name)
+        downloads = self._home / f"storage-{self._storages}" / "dlcache"
+        return {digest_of(path.read_bytes()) for path in downloads.iterdir()}
+
+
+@pytest.fixture
+def charliecloud(encrypted: Site, home: Path) -> Charliecloud:
+    return Charliecloud(encrypted, home)
+
+
+def digests(image: Image) -> set[str]:
+    """Of all that is pulled: an index, the manifest for this platform, and its blobs."""
+    return {image.digest, *(part.digest for part in image.amd64.parts())}
+
+
+def test_pull(encrypted: Site, charliecloud: Charliecloud, pushed: Images) -> None:
+    name = f"{encrypted.address}/docker.io/library/platforms:1"
+    pull_cold_warm_offline(encrypted, lambda: charliecloud.pull(name), digests(pushed.platforms))
+
+
+def test_push(encrypted: Site, charliecloud: Charliecloud, pushed: Images) -> None:
+    cached, stored = (
+        f"{encrypted.address}/{name}" for name in ("docker.io/library/layers:1", "local/team/layers:2")
+    )
+    charliecloud.pull(cached)
+    charliecloud.run("push", cached, stored)
+    assert len(charliecloud.pull(stored)) == 3  # one manifest, its configuration, and one layer

@@ -43,7 +43,8 @@ class FakeBucket:
 
     objects: the content by key, without `markers`, which name the owner and are not in `asked`
     uploads: the parts of the unfinished ones by their id
-    asked: method and key, with the range or the query, of each request
+    asked: method and key, with the range or the query, of each request; not the query that signs it
+    signed: how many of them were for signed URLs
     spoilt: what answers the next requests of a method; `down` answers all of them
     """
 
@@ -55,6 +56,7 @@ class FakeBucket:
     down: Spoil | None = None
     cut: int = 0  # bytes of the body of the next GET, after which the connection ends
     port: int = 0
+    signed: int = 0
     conditional: bool = True  # it can put an object only if there is none, else it says that it cannot
     careless: bool = False  # it overlooks that condition
 
@@ -88,10 +90,12 @@ class FakeBucket:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         key = request.path.removeprefix("/bucket/")
-        what = request.query_string or request.headers.get("Range", "")
+        signed = "X-Amz-Signature" in request.query
+        what = (not signed and request.query_string) or request.headers.get("Range", "")
         if key.endswith("/entrepot") and self.down is None:
             return await self._marker(request, key)
         self.asked.append(f"{request.method} {key} {what}".rstrip())
+        self.signed += signed
         if self.down is not None:
             return await self.down(request)
         if spoilt := self.spoilt.get(request.method):

@@ -65,6 +65,11 @@ class Registry:
         await composition.copies.settled()
         await asyncio.to_thread(composition.maintenance.eviction.shrink, to=0)
 
+    async def filled(self) -> None:
+        """Wait until what has been pulled is stored: clients have the last byte before."""
+        fills = self.site.app.composition.fills
+        await asyncio.gather(*(fills.ended(each.digest) for each in fills.in_flight()))
+
     @property
     def copies(self) -> set[str]:
         """The digests of the blobs that are copied on the disk."""

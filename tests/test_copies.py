@@ -50,6 +50,7 @@ async def test_a_pull_leaves_a_copy_that_others_follow(registry: Registry) -> No
     found = await asyncio.gather(*(registry.ask("GET", path) for _ in range(5)))
     assert {each.content_read for each in found} == {LAYER}
     assert [each.split(" ")[0] for each in registry.fake.asked] == ["GET"]
+    await registry.filled()
     assert registry.copies == {path.rpartition("/")[2]}
     assert (await registry.ask("GET", path)).content_read == LAYER
     assert len(registry.fake.asked) == 1
@@ -270,6 +271,7 @@ async def test_a_damaged_copy_is_replaced(registry: Registry) -> None:  # noqa: 
     copy.chmod(0o600)
     os.truncate(copy, 1000)
     assert (await registry.ask("GET", f"{APP}/blobs/{digest}")).content_read == LAYER
+    await registry.filled()
     assert copy.stat().st_size == len(LAYER)
 
 
@@ -278,6 +280,7 @@ async def test_a_transfer_that_breaks_off_continues(registry: Registry) -> None:
     registry.fake.cut = 5 << 20
     assert (await registry.ask("GET", path)).content_read == LAYER
     assert len(registry.fake.asked) > 1
+    await registry.filled()
     assert registry.copies == {path.rpartition("/")[2]}
 
 

@@ -23,6 +23,7 @@ from proxy.cache.fills import Fills
 from proxy.cache.readers import BlobSource
 from storage.concurrency import SingleFlight, run_in_thread
 from storage.content import files_of
+from storage.disk.hashing import PIECE, thread_memory
 from storage.disk.health import write_all
 from storage.disk.modes import create_file
 from storage.disk.uploads import FileBlob
@@ -234,12 +235,12 @@ class _Arrival:
     def _take(self, readinto: ReadInto) -> int:
         if self.file < 0:
             self.file = create_file(self._path, os.O_RDWR | os.O_EXCL)
-        buffer = memoryview(bytearray(self._size - self._came))
-        number = readinto(buffer)
-        self._hash.update(buffer[:number])
-        write_all(self.file, buffer[:number], self._came)
-        self._came += number
-        return number
+        memory, before = thread_memory(PIECE), self._came
+        while number := readinto(memory[: self._size - self._came]):  # more comes while this is hashed
+            self._hash.update(memory[:number])
+            write_all(self.file, memory[:number], self._came)
+            self._came += number
+        return self._came - before
 
     @property
     def right(self) -> bool:

@@ -27,7 +27,7 @@ from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.extensions.extension import Extensions
 from proxy.namespaces.caches import CacheFactory, Caches, tag_moved_of
-from proxy.namespaces.engines import shared_caches
+from proxy.namespaces.engines import shared_caches, signed_objects
 from proxy.namespaces.hooks import NONE, Hooks
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
@@ -165,6 +165,9 @@ class _Composer:
         self._troubles = Troubles(shared.disks)
         self._listings = ListingMemory()
         self._extensions = Extensions(config.extensions, metrics, clock)
+        if (reader := signed_objects(config.shared)) is not None:
+            self._closing.push_async_callback(reader.close)
+        self._reader = reader
 
     def compose(self) -> Composition:
         # long: each part takes a line
@@ -280,7 +283,8 @@ class _Composer:
     def _common(self, store: Store) -> tuple[SharedStore, Deposits] | tuple[None, None]:
         if self._config.shared.caches is None:
             return None, None
-        common, deposits = shared_caches(self._config, store, self._clock, self._troubles, self._extensions)
+        given = self._clock, self._troubles, self._extensions, self._reader
+        common, deposits = shared_caches(self._config, store, *given)
         self._opened(common)
         self._closing.push_async_callback(deposits.close)
         return common, deposits
@@ -293,9 +297,8 @@ class _Composer:
     def _private(self, copies: BlobCopies) -> Store | None:
         if not self._config.hosted():
             return None
-        return self._opened(
-            private_store(self._config, self._clock, self._troubles, copies, self._extensions)
-        )
+        given = self._clock, self._troubles, copies, self._extensions, self._reader
+        return self._opened(private_store(self._config, *given))
 
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)

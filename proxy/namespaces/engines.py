@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment
 
 from proxy.cache.copies import BlobCopies
 from proxy.cache.deposits import Deposits
@@ -15,6 +16,8 @@ from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.config.shared import CACHES, SharedConfig
 from proxy.extensions.extension import Extensions
+from proxy.upstream.connect import Connect
+from proxy.upstream.signed_objects import SignedObjects
 from storage.disk.health import DiskHealth
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
@@ -25,6 +28,9 @@ if TYPE_CHECKING:  # one machine needs no client of object storage
     from storage.bucket.blobs import BucketBlobs
     from storage.bucket.objects import Signing
     from storage.bucket.settings import BucketSettings
+
+CONNECTED = 5.0  # seconds for a connection to a bucket
+ANSWERED = 30.0  # seconds for an answer of it, at most
 
 
 def bucket_blobs(
@@ -38,10 +44,12 @@ def bucket_blobs(
     patience: float | None = None,
     copies: BlobCopies | None = None,
     extensions: Extensions | None = None,
+    reader: SignedObjects | None = None,
 ) -> BucketBlobs:
     """The blobs in a bucket, or in a `part` of it, and their `copies` here.  Raises StartError.
 
-    Of `extensions` one may be the bucket; without them it is made here.
+    The caller closes `reader`, which reads large ones.  Of `extensions` one may be the bucket; without them
+    it is made here.
     """
     try:
         # Only here: one machine needs no client of object storage.
@@ -62,9 +70,23 @@ def bucket_blobs(
             store, signing = settings.connect(), _signing(config, settings)
         except (ValueError, OSError) as error:
             raise StartError(f"shared.bucket: {error}") from error
-        bucket = Bucket(store, settings.url, health, settings.storage_class, patience, signing)
+        bucket = Bucket(store, settings.url, health, settings.storage_class, patience, signing, reader)
     keep = keep_nothing if copies is None else copies.keep
     return BucketBlobs(bucket, records, root, clock, disk, keep=keep)
+
+
+def signed_objects(shared: SharedConfig) -> SignedObjects | None:
+    """What reads the objects of the bucket by signed URLs; None without one, or where they do not serve.
+
+    They are for S3, whose signatures need no request.  A proxy that only the environment names is left to the
+    client of the bucket.
+    """
+    if not (shared.bucket or "").startswith("s3:") or (shared.proxy is None and getproxies_environment()):
+        return None
+    connect = Connect(
+        ca_file=shared.ca, proxy=shared.proxy, connect_timeout=CONNECTED, header_timeout=ANSWERED
+    )
+    return SignedObjects(str(shared.bucket), connect, quick=shared.access_key is not None)
 
 
 def _signing(config: Config, settings: BucketSettings) -> Signing | None:
@@ -102,6 +124,7 @@ def shared_caches(
     clock: Callable[[], float],
     troubles: Troubles,
     extensions: Extensions | None = None,
+    reader: SignedObjects | None = None,
 ) -> tuple[SharedStore, Deposits]:
     """The store that the caches of several servers share, and what hands over the blobs of `store` to it.
 
@@ -112,7 +135,7 @@ def shared_caches(
     try:
         disk = DiskHealth(root, clock, troubles)
         blobs = bucket_blobs(
-            config, records, root, disk, clock, troubles, CACHES, PATIENCE, extensions=extensions
+            config, records, root, disk, clock, troubles, CACHES, PATIENCE, None, extensions, reader
         )
     except BaseException:
         records.close()

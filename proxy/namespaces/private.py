@@ -26,6 +26,7 @@ from proxy.config.errors import StartError
 from proxy.config.schema import Config
 from proxy.extensions.extension import Extensions
 from proxy.namespaces.engines import bucket_blobs, database
+from proxy.upstream.signed_objects import SignedObjects
 from storage.content import BlobContent
 from storage.disk.blobs import BlobFiles
 from storage.disk.database import FILE
@@ -51,10 +52,11 @@ def private_store(
     troubles: Troubles | None = None,
     copies: BlobCopies | None = None,
     extensions: Extensions | None = None,
+    reader: SignedObjects | None = None,
 ) -> Store:
     """Open the store of what clients push; only unreachable content is removed.
 
-    `copies` get what is pushed to a bucket, which may be one of the `extensions`.
+    `copies` get what is pushed to a bucket, which may be one of the `extensions`; `reader` reads it.
 
     Raises StorageFailed, and StartError if the records in the database that is configured, or on the disk,
     are not those of the content: all of it would seem unreachable, or missing.
@@ -63,7 +65,7 @@ def private_store(
     shared = is_shared(config, troubles)
     if not shared and (config.shared.bucket or config.shared.records):
         log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
-    opened = engine(config, shared, clock, troubles, guarded=True, copies=copies, extensions=extensions)
+    opened = engine(config, shared, clock, troubles, True, copies, extensions, reader)
     try:
         if shared:
             with suppress(StorageFailed):  # of a database that cannot be asked now
@@ -152,6 +154,7 @@ def engine(
     guarded: bool = False,
     copies: BlobCopies | None = None,
     extensions: Extensions | None = None,
+    reader: SignedObjects | None = None,
 ) -> Engine:
     """What holds the registry on the disk, or as `shared` says.  Raises StorageFailed, StartError.
 
@@ -172,7 +175,7 @@ def engine(
         records = GuardedRecords(records, kind, clock)
     try:
         content: BlobContent = (
-            bucket_blobs(config, records, root, disk, clock, troubles, copies=copies, extensions=extensions)
+            bucket_blobs(config, records, root, disk, clock, troubles, "", None, copies, extensions, reader)
             if in_bucket
             else BlobFiles(root, clock, disk, private=True)
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.connections.trust import client_context, insecure_context, shared_context
+from proxy.upstream.socket_body import LEAST
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Connect:
     content before they answer.  Without `private_home` the upstream itself must not have a private address.
     Its certificate is for `server_name`, by default for the host of its URL.  With `trace`, requests to it
     say of which trace they are.  A server that sends nothing for `silence` is pinged: see liveness.py.
+    Bodies of `least` bytes or more are read by threads: see socket_body.py.
     """
 
     ca_file: Path | None = None
@@ -36,6 +38,7 @@ class Connect:
     progress_timeout: float = 60.0
     write_timeout: float = 300.0
     silence: float | None = None
+    least: int = LEAST
 
     def ssl_context(self) -> ssl.SSLContext:
         """Raises OSError if a file cannot be read, ssl.SSLError if it is invalid."""

@@ -22,7 +22,7 @@ import aiohttp
 from proxy.config.quantities import parse_number
 from proxy.connections.trust import ClientSSLObject
 
-LEAST = 1 << 20  # bytes; for fewer it is not worth it
+LEAST = 1 << 20  # bytes, by default; for fewer it is not worth it
 GATHER = 0.005  # seconds in which more may come, before the next look: each look costs as much as 100 KiB
 LONGEST = 0.04  # seconds before the next look, doubling, after one that found
 LITTLE = 256 << 10  # bytes, or fewer: a look at them costs more than to copy them
@@ -34,11 +34,17 @@ _memory = threading.local()
 class SocketBodies:
     """The bodies that are read from their sockets, of the upstream behind `proxy`, if there is one.
 
-    Each fails where a wait for more of it in `coming()` raises TimeoutError.
+    Each fails where a wait for more of it in `coming()` raises TimeoutError, and has `least` bytes or more.
     """
 
-    def __init__(self, coming: Callable[[], AbstractAsyncContextManager[object]], proxy: str | None) -> None:
+    def __init__(
+        self,
+        coming: Callable[[], AbstractAsyncContextManager[object]],
+        proxy: str | None,
+        least: int = LEAST,
+    ) -> None:
         self.coming = coming
+        self._least = least
         self.open: set[SocketBody] = set()
         self._nested = proxy is not None and proxy.startswith("https:")  # TLS within TLS
 
@@ -46,7 +52,7 @@ class SocketBodies:
         """The body of a response whose head has come; None if it is small, or comes in another way."""
         connection, content, headers = response.connection, response.content, response.headers
         length = parse_number(headers.get("Content-Length", ""))
-        if length is None or "Transfer-Encoding" in headers or length - content.total_bytes < LEAST:
+        if length is None or "Transfer-Encoding" in headers or length - content.total_bytes < self._least:
             return None
         if connection is None or connection.transport is None or content.exception() is not None:
             return None

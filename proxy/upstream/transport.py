@@ -92,7 +92,7 @@ class Transport:
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._closed = False
         self.coming = partial(coming, connect.progress_timeout, connect.silence, self._ping)
-        self.bodies = SocketBodies(self.coming, connect.proxy)
+        self.bodies = SocketBodies(self.coming, connect.proxy, connect.least)
 
     def _session(self, home: bool) -> aiohttp.ClientSession:
         """The pool of connections to the upstream itself, or that for redirects; opened when it is needed."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import structlog
 
 from storage.bucket.objects import CHUNK, Bucket, ObjectUnknown, Opened
-from storage.errors import BlobUnknown
+from storage.errors import BlobUnknown, OriginFailed, OriginTimeout
 from storage.oci import Descriptor, Span
 from storage.registry import NOTHING, Blob, Incoming, ReadInto
 
@@ -26,7 +27,8 @@ class BucketBlob(Blob):
         self.used_at = used_at
         self._bucket = bucket
         self._key = key
-        self._begun: tuple[int, int, Opened] | None = None  # where it starts and stops
+        self._begun: tuple[int, int, Opened | None] | None = None  # where it starts and stops
+        self._signed: Blob | None = None  # has these bytes, if they come by a signed URL
         self._incoming: _IncomingObject | None = None
 
     async def begin(self, span: Span | None = None) -> None:
@@ -37,8 +39,10 @@ class BucketBlob(Blob):
         part = Span(0) if span is None else span.of(size)
         stop = size if part.stop is None else min(size, part.stop)
         if part.start < stop:
-            self.position = part.start
-            self._begun = part.start, stop, await self._open(part.start, stop)
+            start = self.position = part.start
+            self._signed = await self._bucket.read_signed(self._key, self.descriptor, start, stop)
+            opened = None if self._signed is not None else await self._open(start, stop)
+            self._begun = start, stop, opened
 
     async def _open(self, start: int, stop: int) -> Opened:
         whole = (start, stop) == (0, self.descriptor.size)
@@ -69,7 +73,9 @@ class BucketBlob(Blob):
     def incoming(self) -> Incoming | None:
         if self._begun is None:
             return None
-        self._incoming = _IncomingObject(self._pieces(*self._begun[:2], PIECE))
+        start, stop, _ = self._begun
+        fast = None if self._signed is None else self._signed.incoming()
+        self._incoming = _IncomingObject(start, fast, lambda position: self._pieces(position, stop, PIECE))
         return self._incoming
 
     async def chunks(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
@@ -80,7 +86,13 @@ class BucketBlob(Blob):
     async def _pieces(self, start: int, stop: int, size: int) -> AsyncGenerator[memoryview]:
         """The bytes of [start, stop), in pieces of `size` or more.  The last one may be smaller."""
         begun, self._begun = self._begun, None
-        opened = begun[2] if begun is not None and begun[0] == start and begun[1] >= stop else None
+        ours = begun is not None and begun[0] == start and begun[1] >= stop
+        if ours and self._signed is not None:
+            with suppress(OriginFailed, OriginTimeout):  # then it goes on from where it broke off
+                async for piece in _gathered(self._signed.chunks(start, stop), size):
+                    start += len(piece)
+                    yield piece
+        opened = begun[2] if begun is not None and ours else None
         while start < stop:
             before = start
             opened = opened or await self._open(start, stop)
@@ -103,17 +115,55 @@ class BucketBlob(Blob):
         self._begun = None
         if self._incoming is not None:
             await self._incoming.close()
+        if self._signed is not None:
+            await self._signed.close()
+
+
+async def _gathered(chunks: AsyncIterator[bytes], size: int) -> AsyncIterator[memoryview]:
+    """The same bytes in pieces of `size` or more, but the last."""
+    some, number = list[bytes](), 0
+    async for chunk in chunks:
+        some.append(chunk)
+        number += len(chunk)
+        if number >= size:
+            yield memoryview(b"".join(some))
+            some, number = [], 0
+    if some:
+        yield memoryview(b"".join(some))
 
 
 class _IncomingObject:
-    """The bytes of an object, of `pieces`, for a thread to copy (see Incoming)."""
+    """The bytes of an object, from `position` on, for a thread to copy (see Incoming).
 
-    def __init__(self, pieces: AsyncGenerator[memoryview]) -> None:
-        self._pieces = pieces
+    They come from `fast` if it is there, and are the `pieces` from where that breaks off.
+    """
+
+    def __init__(
+        self,
+        position: int,
+        fast: Incoming | None,
+        pieces: Callable[[int], AsyncGenerator[memoryview]],
+    ) -> None:
+        self._position = position
+        self._fast = fast
+        self._open = pieces
+        self._pieces: AsyncGenerator[memoryview] | None = None
         self._left = memoryview(b"")
 
     async def pass_on(self, write: Callable[[ReadInto], Awaitable[int]]) -> bool:
+        if self._fast is not None:
+
+            async def count(readinto: ReadInto) -> int:
+                number = await write(readinto)
+                self._position += number
+                return number
+
+            try:
+                return await self._fast.pass_on(count)
+            except (OriginFailed, OriginTimeout):
+                self._fast = None
         if not self._left:
+            self._pieces = self._pieces or self._open(self._position)
             self._left = await anext(self._pieces, memoryview(b""))
             if not self._left:
                 return False
@@ -121,7 +171,8 @@ class _IncomingObject:
         return True
 
     async def close(self) -> None:
-        await self._pieces.aclose()
+        if self._pieces is not None:
+            await self._pieces.aclose()
 
     def _readinto(self, buffer: memoryview) -> int:
         size = min(len(buffer), len(self._left))

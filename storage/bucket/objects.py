@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import obstore
 import structlog
@@ -23,6 +24,9 @@ from storage.bucket.memory import return_large_pieces
 from storage.bucket.settings import ObjectStore
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.troubles import Trouble, Troubles
+from storage.errors import OriginTimeout
+from storage.oci import Descriptor
+from storage.registry import Blob
 
 log = structlog.get_logger()
 
@@ -33,6 +37,8 @@ PART = 5 << 20  # bytes of a part of an upload, at least; S3 takes no smaller on
 PARTS = 10_000  # in an upload, at most
 AT_ONCE = 3  # parts of an upload in memory
 UPLOADS = 4  # at once in a process; others wait for one to end
+LEAST = 256 << 10  # bytes that are read by a signed URL: for fewer, signing it costs more than it saves
+VALID = timedelta(minutes=5)  # of such a URL, which is used at once
 
 
 class ObjectUnknown(Exception):
@@ -67,6 +73,24 @@ class Signing:
     store: ObjectStore
     above: int
     seconds: float
+
+
+class SignedReader(Protocol):
+    """What reads objects by signed URLs, past the client of the bucket."""
+
+    @property
+    def quick(self) -> bool:
+        """Whether the keys are known that sign URLs: to find them may take a request."""
+
+    @property
+    def resting(self) -> bool:
+        """Whether it is not to be asked now."""
+
+    async def open(self, url: str, descriptor: Descriptor, start: int, stop: int) -> Blob | None:
+        """The bytes [start, stop) of an object, which can be read once; None if they do not come so.
+
+        Raises OriginTimeout without an answer.
+        """
 
 
 class BucketHealth:
@@ -123,7 +147,7 @@ class Bucket:
     """The objects of a bucket.  Methods raise Unavailable; those that are not asynchronous block.
 
     `store` is one of obstore's, `name` what errors call the bucket.  `patience` is the number of seconds to
-    wait for the first bytes of an object, None for PATIENCE.
+    wait for the first bytes of an object, None for PATIENCE.  `reader` reads those of large ones, if it can.
     """
 
     def __init__(
@@ -134,6 +158,7 @@ class Bucket:
         storage_class: str = "",
         patience: float | None = None,
         signing: Signing | None = None,
+        reader: SignedReader | None = None,
     ) -> None:
         return_large_pieces()
         self.name = name
@@ -141,6 +166,7 @@ class Bucket:
         self._store = store
         self._patience = patience
         self._signing = signing
+        self._reader = reader
         self._attributes = {"Storage-Class": storage_class} if storage_class else None
         self._uploads = asyncio.Semaphore(UPLOADS)
 
@@ -186,6 +212,25 @@ class Bucket:
             return aiter(found.stream(min_chunk_size=size))
 
         return Opened(meta["size"], stream, meta["last_modified"].timestamp())
+
+    async def read_signed(self, key: str, descriptor: Descriptor, start: int, stop: int) -> Blob | None:
+        """The bytes [start, stop) of a blob's object by a signed URL; None if get() is to be asked."""
+        reader = self._reader
+        if reader is None or reader.resting or stop - start < LEAST:
+            return None
+        sign = partial(obstore.sign, self._store, "GET", key, VALID)
+        try:
+            url = sign() if reader.quick else await run_in_thread(sign)
+        except Exception:  # obstore's are of several kinds; get() reports what is wrong
+            return None
+        try:
+            async with asyncio.timeout(self._patience or PATIENCE):
+                found = await reader.open(url, descriptor, start, stop)
+        except (TimeoutError, OriginTimeout):
+            raise self.health.failed(TimeoutError(), "get", key) from None
+        if found is not None:
+            self.health.worked()
+        return found
 
     def broken(self, error: Exception, key: str) -> BucketFailed:
         """Report that the chunks of an object ended with `error`; returns the error to raise from it."""

@@ -75,7 +75,7 @@ class Pull:
                 return empty(304, headers)
             if size >= 0:
                 headers["Content-Length"] = str(size)
-            headers["Location"] = build_location(route, exchange.ns)
+            headers.update(_own_location(request, route, exchange))
             return empty(200, headers)
         ranges = _ranges(request, digest)
         if (url := await self._elsewhere(request, name, digest, ranges, exchange)) is not None:
@@ -88,8 +88,8 @@ class Pull:
             spans = _spans(ranges, size)
             await blob.prepare(spans)
             headers.update(cache_headers(exchange))
-            if not spans:  # Ollama asks for ranges there: it expects a redirect
-                headers["Location"] = build_location(route, exchange.ns)
+            if not spans:
+                headers.update(_own_location(request, route, exchange))
             return await send_blob(request, blob, spans, headers, exchange, self._turns, self._client_timeout)
         finally:
             await blob.close()
@@ -269,6 +269,15 @@ def _blob_headers(digest: Digest, exchange: Exchange) -> dict[str, str]:
         "Accept-Ranges": "bytes",
         "Cache-Control": immutable(exchange),
     }
+
+
+def _own_location(request: web.BaseRequest, route: Route, exchange: Exchange) -> dict[str, str]:
+    """A Location with which Ollama asks for ranges: it expects a redirect, and fails at a 200 without one.
+
+    Other clients get none: some follow it, whatever the status, and end in a loop.
+    """
+    ollama = request.headers.get("User-Agent", "").startswith("ollama")
+    return {"Location": build_location(route, exchange.ns)} if ollama else {}
 
 
 def _redirect(headers: dict[str, str], url: str, exchange: Exchange) -> web.Response:

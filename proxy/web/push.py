@@ -367,10 +367,10 @@ class Push:
 def _resolves(request: web.BaseRequest, url: str) -> bool:
     """Whether this client may get a relative Location, which is the right one behind any proxy.
 
-    Charliecloud does not resolve it.  It always uses HTTPS, so where `url` has another scheme, a proxy that
-    does not say so may be in front.
+    Charliecloud and clients made with npm's request do not resolve it.  They use HTTPS, so where `url` has
+    another scheme, a proxy that does not say so may be in front.
     """
-    agent = request.headers.get("User-Agent", "")
+    agent = request.headers.get("User-Agent", "python-requests/")  # npm's request sends none
     return not (agent.startswith("python-requests/") and url.startswith("https:"))
 
 

@@ -170,6 +170,22 @@ async def test_what_is_there_is_read_and_the_last_byte_withheld(files: BlobFiles
     await blob.close()
 
 
+async def test_who_waits_for_the_last_byte_waits_for_the_first_that_is_missing(files: BlobFiles) -> None:
+    upload, size = await files.resume(DIGEST), len(CONTENT)
+    upload.expect(size)
+    await put(upload, (0, 1000), (2000, 5000), (size - 10, size))
+    other = await files.resume(DIGEST)
+    other._look()
+    for each in (upload, other):
+        assert each.awaited(size - 1, size) == (1000, 2000)
+        assert each.awaited(size - 2, size) == (size - 2, size)
+        assert each.awaited(1000, 1500) == (1000, 1500)
+    await put(upload, (1000, 2000), (5000, size - 10))
+    assert upload.awaited(size - 1, size) == (size, size)
+    other.close()
+    await upload.cancel()
+
+
 async def test_wrong_bytes_in_the_middle_leave_nothing(files: BlobFiles) -> None:
     upload = await files.resume(DIGEST)
     await put(upload, (100_000, 300_000))

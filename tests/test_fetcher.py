@@ -744,6 +744,30 @@ async def test_a_refused_range_is_asked_for_again_soon(
     assert rig.store.files.path(digest).read_bytes() == BODY
 
 
+@pytest.mark.parametrize("spans", [[(0, SIZE)], [(5000, SIZE)], [(0, 900_000), (SIZE - 9, SIZE)]], ids=str)
+async def test_what_others_bring_ends_the_wait_of_the_fill(
+    rig: Rig,
+    upstream: Upstream,
+    clock: Clock,
+    small: None,
+    monkeypatch: pytest.MonkeyPatch,
+    spans: list[tuple[int, int]],
+) -> None:
+    monkeypatch.setattr(fetcher, "LONGEST_WAIT", 100_000.0)
+    digest = Digest(upstream.blob("a/b", BODY))
+    refused = heard("fill.interrupted", times=2)
+    upstream.next("GET", digest, Truncate(1000))
+    upstream.next("GET", digest, Status(503, {"Retry-After": "100000"}))
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    await refused.wait()
+    clock.advance(100_000)  # for ranges; the fill itself waits by the clock of the event loop
+    for start, stop in spans:
+        assert await rig.read(digest, start, stop) == BODY[start:stop]
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+    assert upstream.bytes_sent == SIZE
+
+
 async def test_pieces_by_way_of_a_redirect_cost_one_request_each(
     rig: Rig, upstream: Upstream, small: None
 ) -> None:

@@ -138,7 +138,17 @@ class Fetcher:
                 self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))
                 wait = min(error.retry_after or 0.0, LONGEST_WAIT)
             if failures:
-                await asyncio.sleep(max(wait, self._backoff * 2 ** (failures - 1)))
+                await self._pause(max(wait, self._backoff * 2 ** (failures - 1)))
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait so long, or until other transfers have brought what is missing."""
+        transfers, pause = self._transfers, asyncio.ensure_future(asyncio.sleep(seconds))
+        try:
+            while transfers.upload.offset < transfers.end and not pause.done():
+                await self._rest.change(ended=pause)
+        finally:
+            pause.cancel()
+            await asyncio.gather(pause, return_exceptions=True)
 
     async def _promised(self) -> bool:
         """Whether clients know the size of the blob; if some of it is there, they may, and read that."""
@@ -246,6 +256,8 @@ class Fetcher:
         StorageFailed.
         """
         transfers = self._transfers
+        if self._rest.due:
+            offset, stop = transfers.upload.awaited(offset, stop)
         if transfers.upload.has(offset):
             return
         if not self._rest.due:

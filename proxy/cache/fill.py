@@ -110,9 +110,12 @@ class Fill:
             return  # who reads gets it
         if self.fetcher is not None:
             self.fetcher.want(source, offset, stop)
-        elif self.upload is not None and self.upload.extents.end(offset) == offset:
-            client = "" if self.rest.due else source.client
-            self.upload.wanted.tell(offset, LARGEST_UNSIZED if stop is None else stop, client)
+        elif self.upload is not None:
+            if self.rest.due:
+                offset, stop = self.upload.awaited(offset, stop)
+            if offset != stop and not self.upload.has(offset):
+                client = "" if self.rest.due else source.client
+                self.upload.wanted.tell(offset, LARGEST_UNSIZED if stop is None else stop, client)
         self._tell_all()
 
     def demand(self) -> None:

@@ -97,10 +97,11 @@ class Rest:
         changed, self._changed = self._changed, asyncio.get_running_loop().create_future()
         changed.set_result(None)
 
-    async def change(self, seconds: float | None = None) -> bool:
-        """Wait for the next change; whether there was one within so many seconds."""
+    async def change(self, seconds: float | None = None, ended: asyncio.Future[Any] | None = None) -> bool:
+        """Wait for the next change; whether there was one within so many seconds, and before the end."""
         changed = self._changed
-        await asyncio.wait({changed}, timeout=seconds)
+        waited = {changed} if ended is None else {changed, ended}
+        await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         return changed.done()
 
     # Who reads

@@ -15,6 +15,7 @@ from typing import Any
 
 from proxy.cache.fill import LARGEST_UNSIZED, Fill
 from proxy.cache.parts import Part, Parts
+from proxy.cache.range_requests import RangeRequests, is_range
 from proxy.cache.readers import BlobSource
 from proxy.cache.refusals import RangeRefusals
 from proxy.cache.rest import Dropped
@@ -75,6 +76,7 @@ class Transfers:
         self._ensure_room = ensure_room
         self._metrics = metrics
         self._slots = slots
+        self._requests = RangeRequests(fill.digest)
         self._streams = PartStreams(fill.source.namespace, ticks)
         self._cut: set[int] = set()  # where ranges began that broke off
         self._dropped = 0  # bytes that were repeated in former uploads
@@ -100,7 +102,7 @@ class Transfers:
 
     @property
     def repeated(self) -> int:
-        return self._dropped + self._streams.dropped + self.upload.repeated
+        return self._dropped + self._requests.dropped + self._streams.dropped + self.upload.repeated
 
     def count(self, extents: int) -> None:
         """Change the metrics to the present values."""
@@ -188,7 +190,7 @@ class Transfers:
         """The transfer of `span`, or of the whole blob if the origin refuses ranges; what was asked for."""
         if span is not None:
             try:
-                return await source.origin.get_blob(source.name, self._fill.digest, span), span
+                return await self._requests.send(source, span), span
             except RangeInvalid:
                 raise
             except Unavailable as error:
@@ -367,10 +369,10 @@ class Transfers:
             return None
         part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
-        blob = await source.origin.get_blob(source.name, self._fill.digest, span)
+        blob = await self._requests.send(source, span)
         size = blob.descriptor.size
         try:
-            self.ranges = not blob.whole and blob.position == part.position and size >= 0
+            self.ranges = is_range(blob, span)
             self.refusals.reset()
             if not part.granted:
                 self.refusals.accepted()

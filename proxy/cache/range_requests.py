@@ -12,8 +12,8 @@ PATIENCE = 2  # answers in a row that may ignore a range, of an origin that has 
 class RangeRequests:
     """The requests for ranges of one blob.
 
-    One answer with all of the blob, after others with ranges, may be that of a proxy or of another server with
-    the same name: the range is asked for again.
+    One answer with all of the blob, after others with ranges, may be that of a proxy, or of another server
+    with the same name: the range is asked for again.
 
     dropped: bytes that came with such answers
     """

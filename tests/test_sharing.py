@@ -114,11 +114,12 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("later", [None, *ANSWERS])
+@pytest.mark.parametrize("lazy", [False, True], ids=["default", "lazy"])
 async def test_what_another_worker_is_refused_is_fetched_by_who_follows_it(
-    serve: Serve, upstream: Upstream, tmp_path: Path, later: int | None
+    serve: Serve, upstream: Upstream, tmp_path: Path, later: int | None, lazy: bool
 ) -> None:
     directory, top = tmp_path / "shared", {"fallback": "deny"}
-    first, second = [await serve(upstream, directory=directory, top=top, lazy=True) for _ in range(2)]
+    first, second = [await serve(upstream, directory=directory, top=top, lazy=lazy) for _ in range(2)]
     digest = upstream.blob(REPOSITORY, LAYER)
     path = f"/v2/{REPOSITORY}/blobs/{digest}"
     getting, heading = (Hold(asyncio.Event(), after=None) for _ in range(2))
@@ -134,15 +135,62 @@ async def test_what_another_worker_is_refused_is_fetched_by_who_follows_it(
     status, headers, _ = await refused
     assert (status, headers["Retry-After"]) == (503, "7")
     heading.gate.set()
+    ear = Ear()
     status, headers, body = await answered
     if later is None:
         assert (status, body) == (206, LAYER[5000:6000])
+        if not lazy:
+            await ear.heard("fill.committed")
         for left in (directory / "cache" / "partial").iterdir():
             left.unlink()
     else:
         assert status == ANSWERS[later][1]
         assert ANSWERS[later][2] in body
         assert headers.get("Retry-After") == (None if later == 404 else "7")
+
+
+@pytest.mark.parametrize("later", ANSWERS)
+@pytest.mark.parametrize("span", [{}, {"Range": "bytes=5000-5999"}], ids=["all", "range"])
+async def test_who_takes_over_before_the_first_byte_passes_on_what_it_is_answered(
+    sites: list[Site], upstream: Upstream, later: int, span: dict[str, str]
+) -> None:
+    digest = upstream.blob(REPOSITORY, LAYER)
+    path = f"/v2/{REPOSITORY}/blobs/{digest}"
+    getting, heading = (Hold(asyncio.Event(), after=None) for _ in range(2))
+    upstream.next("GET", digest, getting)
+    upstream.next("HEAD", digest, heading)
+    lost = asyncio.create_task(sites[0].get(path))
+    await getting.reached.wait()
+    answered = asyncio.create_task(sites[1].get(path, **span))
+    await heading.reached.wait()
+    heading.gate.set()
+    upstream.next("GET", digest, ANSWERS[later][0], times=9)
+    await sites[0].app.stop()
+    with pytest.raises(aiohttp.ClientError):
+        await lost
+    status, _, body = await answered
+    assert status == ANSWERS[later][1]
+    assert ANSWERS[later][2] in body
+
+
+@pytest.mark.errors("fill.failed")
+async def test_who_takes_over_and_is_refused_ends_at_once(sites: list[Site], upstream: Upstream) -> None:
+    digest = upstream.blob(REPOSITORY, LAYER)
+    hold, failed = Hold(asyncio.Event(), after=1 << 20), Ear()
+    upstream.next("GET", digest, hold)
+    lost = asyncio.create_task(pull(sites[0], digest))
+    await hold.reached.wait()
+    async with sites[1].request("GET", f"/v2/{REPOSITORY}/blobs/{digest}") as response:
+        await response.content.readexactly((1 << 20) - 1)
+        upstream.next("GET", digest, Status(403), times=9)
+        await sites[0].app.stop()
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    assert "answered 403" in (await failed.heard("fill.failed"))["error"]
+    with pytest.raises(aiohttp.ClientError):
+        await lost
+    for left in sites[1].partial:
+        (sites[1].directory / "cache" / "partial" / left).unlink()
 
 
 async def test_ranges_of_all_workers_at_once_come_once(
@@ -196,12 +244,14 @@ async def test_a_fill_that_waits_for_its_turn_is_taken_over_as_well(
     monkeypatch.setattr(slots, "turn", noted)
     pulls.append(asyncio.create_task(pull(one, second)))
     await queued.wait()
-    ear = Ear()
-    async with other.request("GET", f"/v2/{REPOSITORY}/blobs/{second}") as response:
-        assert response.status == 200  # it follows; there is nothing to follow yet
-        assert upstream.bytes_sent < len(LAYER)
-        await one.app.stop()
-        assert await response.read() == LAYER[:-1]
+    ear, following = Ear(), Hold(asyncio.Event(), after=None)
+    upstream.next("HEAD", second, following)
+    followed = asyncio.create_task(pull(other, second))
+    await following.reached.wait()
+    following.gate.set()
+    assert upstream.bytes_sent < len(LAYER)
+    await one.app.stop()
+    assert await followed == LAYER[:-1]
     assert (await ear.heard("fill.committed"))["digest"] == second
     assert [each.split()[0] for each in requests(upstream, second) if "it" in each] == ["HEAD", "GET"]
     lost = await asyncio.gather(*pulls, return_exceptions=True)

@@ -97,7 +97,7 @@ class Fetcher:
         try:
             await self._run()
         except (Unavailable, BlobUnknown, NameUnknown, Denied) as error:
-            if not self._fill.started.done() or (self._rest.demanded and self._rest.confirmed):
+            if not self._fill.started.done() or (self._rest.demanded and self._rest.promised):
                 raise
             self._rest.postpone(error)
             transfers.refusals.resume()
@@ -158,7 +158,7 @@ class Fetcher:
                 descriptor = await source.origin.resolve_blob(source.name, self._fill.digest)
                 await self._transfers.begin(source, descriptor)
                 self._rest.confirm()
-        return started.done() and (self._rest.confirmed or not self._rest.lazy)
+        return started.done() and self._rest.promised
 
     async def _close_gaps(self) -> None:
         """Close the gaps in order.  Those that other transfers close are waited for."""

@@ -144,7 +144,11 @@ class Fill:
         watching = asyncio.ensure_future(upload.watch(self.digest))
         try:
             await self.rest.wait(lambda: False, lambda: True, watching)
-            return await watching
+            committed = await watching
+            if not committed and self.rest.due and not upload.offset:
+                # Nothing was promised to anybody: who waits gets the answer of the origin.
+                self.started = asyncio.get_running_loop().create_future()
+            return committed
         except Idle as error:
             self.error = error  # before anybody can join
             raise

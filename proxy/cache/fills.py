@@ -138,7 +138,7 @@ class Fills:
             return parts
         if started:
             await confirm(fill, source, self._metrics, started)
-        blob = await self._follow(fill, source, *started) if started else None
+        blob = await self._follow(fill, source, *started, span or Span(0)) if started else None
         if blob is not None and blob.descriptor.size < 0 and span is not None and fill.task is not None:
             # The position of a range in the blob can be stated only when the size is known.
             await blob.close()
@@ -155,24 +155,25 @@ class Fills:
             await fill.fetcher.begin(source, span)
 
     async def _follow(
-        self, fill: Fill, source: BlobSource, upload: SparseUpload, descriptor: Descriptor
+        self, fill: Fill, source: BlobSource, upload: SparseUpload, descriptor: Descriptor, span: Span
     ) -> Blob | None:
-        """A reader of the upload; None if the upload has ended."""
+        """A reader of the upload, `span` first; None if the upload has ended."""
         try:
-            blob = upload.follow(descriptor)
+            blob = FollowedBlob(upload.follow(descriptor), source, self._metrics, fill)
         except BlobUnknown:
             return None
-        if descriptor.size <= 0:
-            # There may be no last byte to withhold: withhold the response.
+        size, span = descriptor.size, span.of(descriptor.size)
+        if size <= 0 or not (upload.ours or upload.extents.total):
+            # There may be no last byte to withhold, and the process that transfers it may be refused the
+            # first one: withhold the response.
             try:
-                await blob.readable(0)
-            except RegistryError:
+                await blob.readable(span.start if span.start < size else 0, span.stop)
+            except BaseException as error:
                 await blob.close()
-                return None
-            except BaseException:
-                await blob.close()
+                if isinstance(error, RegistryError):
+                    return None
                 raise
-        return FollowedBlob(blob, source, self._metrics, fill)
+        return blob
 
     async def _stored(self, source: BlobSource, fill: Fill) -> Blob | None:
         """The blob of a fill that has ended; None if it failed, or the blob was damaged since."""

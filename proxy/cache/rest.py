@@ -69,6 +69,11 @@ class Rest:
         self.confirmed = self.confirmed or self.due
         self.tell()
 
+    @property
+    def promised(self) -> bool:
+        """Whether who follows the fill may rely on the rest."""
+        return self.confirmed or not self.lazy
+
     def fail(self, error: RegistryError) -> None:
         """Nothing can come any more."""
         self._failure = error

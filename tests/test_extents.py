@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.cache.fill import awaited
 from storage.disk import extents as module
 from storage.disk import wanted
 from storage.disk.blobs import BlobFiles
@@ -177,11 +178,11 @@ async def test_who_waits_for_the_last_byte_waits_for_the_first_that_is_missing(f
     other = await files.resume(DIGEST)
     other._look()
     for each in (upload, other):
-        assert each.awaited(size - 1, size) == (1000, 2000)
-        assert each.awaited(size - 2, size) == (size - 2, size)
-        assert each.awaited(1000, 1500) == (1000, 1500)
+        assert awaited(each, size - 1, size) == (1000, 2000)
+        assert awaited(each, size - 2, size) == (size - 2, size)
+        assert awaited(each, 1000, 1500) == (1000, 1500)
     await put(upload, (1000, 2000), (5000, size - 10))
-    assert upload.awaited(size - 1, size) == (size, size)
+    assert awaited(upload, size - 1, size) == (size, size)
     other.close()
     await upload.cancel()
 

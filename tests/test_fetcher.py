@@ -721,6 +721,32 @@ async def test_a_refused_transfer_holds_up_no_other(
     assert rig.store.files.path(digest).read_bytes() == BODY
 
 
+@pytest.mark.parametrize("length", [50_000, 500_000])
+async def test_a_transfer_that_ends_gives_its_place_to_who_waits(
+    rig: Rig, upstream: Upstream, small: None, length: int
+) -> None:
+    """The origin accepts three transfers; time does not pass, so that none begins beside them."""
+    digest, gates = Digest(upstream.blob("a/b", BODY)), [asyncio.Event() for _ in range(2)]
+    upstream.next("GET", digest, Hold(gates[0], after=1000))
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    works, refused = Hold(gates[1], after=1000), heard("fill.range_refused")
+    upstream.next("GET", to_ranges, works)
+    working = asyncio.create_task(rig.read(digest, 200_000, 200_000 + length))
+    await works.reached.wait()
+    upstream.next("GET", to_ranges, Status(503, {"Retry-After": "3"}))
+    starts = (1_000_000, 1_200_000, 1_400_000)
+    waiting = [asyncio.create_task(rig.read(digest, start, start + 50_000)) for start in starts]
+    await refused.wait()
+    gates[1].set()
+    assert await asyncio.gather(*waiting) == [BODY[start : start + 50_000] for start in starts]
+    assert await working == BODY[200_000 : 200_000 + length]
+    later = 1_500_000  # who comes when nobody waits
+    assert await rig.read(digest, later, later + 50_000) == BODY[later : later + 50_000]
+    gates[0].set()
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
 @pytest.mark.parametrize(("fault", "seconds"), [(Status(503, {"Retry-After": "3"}), 3), (Status(403), 0.25)])
 async def test_a_refused_range_is_asked_for_again_soon(
     rig: Rig, upstream: Upstream, clock: Clock, small: None, fault: Fault, seconds: float

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
-from proxy.cache.fill import LARGEST_UNSIZED, Fill
+from proxy.cache.fill import LARGEST_UNSIZED, Fill, awaited
 from proxy.cache.readers import BlobSource
 from proxy.cache.transfers import Transfers
 from storage.disk.wanted import Wish
@@ -170,6 +170,7 @@ class Fetcher:
                 await transfers.fetch_gap(start, transfers.reach(start, stop), whole)
                 if transfers.size < 0:
                     return
+                await transfers.fetch_waiting()
             elif transfers.upload.offset >= transfers.end:
                 return
             else:
@@ -257,7 +258,7 @@ class Fetcher:
         """
         transfers = self._transfers
         if self._rest.due:
-            offset, stop = transfers.upload.awaited(offset, stop)
+            offset, stop = awaited(transfers.upload, offset, stop)
         if transfers.upload.has(offset):
             return
         if not self._rest.due:
@@ -267,9 +268,11 @@ class Fetcher:
                 raise error
             transfers.refusals.check(offset)
         stop = transfers.size if stop is None else min(stop, transfers.size)
-        if offset >= stop or transfers.upload.failed or not transfers.sends_ranges:
+        if offset >= stop or transfers.upload.failed or transfers.ranges is False:
             return
-        if (stop := transfers.parts.late(offset, stop)) > offset:
+        if transfers.refusals.paused and not transfers.waiting.places:
+            transfers.waiting.add(source, offset, stop)
+        elif (stop := transfers.parts.late(offset, stop)) > offset:
             transfers.start(source, offset, stop)
 
     async def _hear(self) -> None:

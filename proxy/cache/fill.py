@@ -112,7 +112,7 @@ class Fill:
             self.fetcher.want(source, offset, stop)
         elif self.upload is not None:
             if self.rest.due:
-                offset, stop = self.upload.awaited(offset, stop)
+                offset, stop = awaited(self.upload, offset, stop)
             if offset != stop and not self.upload.has(offset):
                 client = "" if self.rest.due else source.client
                 self.upload.wanted.tell(offset, LARGEST_UNSIZED if stop is None else stop, client)
@@ -201,3 +201,12 @@ class Fill:
     def log(self) -> Any:
         source = self.source
         return log.bind(namespace=source.namespace, repository=source.name, digest=self.digest)
+
+
+def awaited(upload: SparseUpload, offset: int, stop: int | None) -> tuple[int, int | None]:
+    """What a reader of verified bytes waits for that has come to `offset`, and reads up to `stop`.
+
+    The last byte is withheld until all are there: it waits for the first ones that are missing then.
+    """
+    last = offset == upload.listed_size - 1 and upload.has(offset)
+    return upload.extents.gap(0, upload.listed_size) if last else (offset, stop)

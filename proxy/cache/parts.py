@@ -27,6 +27,7 @@ class Part:
     requested: the origin is asked for it
     granted: no other transfer brings these bytes
     claimed: up to where a thread may be writing them
+    instead: it takes the place of a transfer that has ended, where the origin accepts no further one
     start: the position at the beginning
     since, base: a time in the last two seconds, and the position at that time
     """
@@ -41,6 +42,7 @@ class Part:
     requested: bool = False
     granted: bool = False
     claimed: int = 0
+    instead: bool = False
     start: int = field(init=False)
     base: int = field(init=False)
     later: tuple[float, int] = field(init=False)  # the next `since` and `base`
@@ -87,9 +89,9 @@ class Parts:
     def __iter__(self) -> Iterator[Part]:
         return iter(self._parts)
 
-    def add(self, start: int, stop: int, in_pieces: bool = False) -> Part:
+    def add(self, start: int, stop: int, in_pieces: bool = False, instead: bool = False) -> Part:
         """A part that takes nothing yet; a long one may come `in_pieces`."""
-        part = Part(start, stop, self._ticks(), assumed=ASSUMED)
+        part = Part(start, stop, self._ticks(), assumed=ASSUMED, instead=instead)
         if in_pieces and stop - start > LONG:
             part.goal, part.left = stop, stop - start
         self._parts.append(part)
@@ -184,14 +186,15 @@ class Parts:
         part.left = end
         return part
 
-    def following(self, part: Part, end: int, anywhere: bool) -> Part | None:
+    def following(self, part: Part, end: int, anywhere: bool, brief: bool = False) -> Part | None:
         """What the transfer of `part`, which has come, brings next, of the bytes before `end`.
 
         It comes nearer to its goal; or, if it may go `anywhere`, it brings what comes first: in turn if that
-        takes no longer than its client may wait, or if others have brought it to its goal.
+        takes no longer than its client may wait, or if others have brought it to its goal.  It is `brief` if
+        others wait for the transfer to end.
         """
         asked, pace = self._asked(), part.pace(self._ticks())
-        at, size = part.stop if part.home < 0 else part.home, self.piece(end)
+        at, size = part.stop if part.home < 0 else part.home, LEAST if brief else self.piece(end)
         (start, stop), first = asked.gap(at, max(at, min(part.goal, end))), asked.gap(0, end)
         left = (end - part.start if part.left > end else part.left) - (part.position - part.start)
         quick = pace * SOON > LONG
@@ -221,10 +224,10 @@ class Parts:
         return found
 
     def late(self, offset: int, stop: int) -> int:
-        """Where the bytes of [offset, stop) end that no part brings: `offset` if these come soon."""
+        """Where the bytes of [offset, stop) end that no part brings: `offset` if they come soon."""
         now = self._ticks()
         coming = [part for part in self._parts if part.brings(offset)]
-        if any(part.seconds_to(offset, now) <= SOON for part in coming):
+        if (self.has(offset) and not coming) or any(part.seconds_to(offset, now) <= SOON for part in coming):
             return offset
         return min([stop, *(part.position for part in self._parts if part.position > offset)])
 

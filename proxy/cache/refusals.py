@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
-from storage.errors import RegistryError
+from storage.errors import RegistryError, TooManyRequests
 from storage.oci import Digest
 from storage.shared import SharedTable
 
@@ -72,6 +72,17 @@ class RangeRefusals:
         """The origin refuses a range of a blob that it has."""
         again = self._ticks() + max(RECENT, error.retry_after or 0.0)
         self._table.put(self._key, (self._counted()[0] + 1, again))
+
+    async def count_if(self, resolve: Callable[[], Awaitable[object]], error: RegistryError) -> None:
+        """Count a refusal if `resolve`, which asks for the blob by HEAD, does not raise: else it is down."""
+        if not self.counts:
+            return
+        if not isinstance(error, TooManyRequests):  # a HEAD would be refused as well
+            try:
+                await resolve()
+            except RegistryError:
+                return
+        self.count(error)
 
     @property
     def lasting(self) -> bool:

@@ -8,18 +8,20 @@ While the rest of the blob is not due, a transfer goes no further than clients r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
 from proxy.cache.fill import LARGEST_UNSIZED, Fill
-from proxy.cache.parts import Part, Parts
+from proxy.cache.parts import LEAST, Part, Parts
 from proxy.cache.range_requests import RangeRequests, is_range
+from proxy.cache.range_turns import RangeTurns
 from proxy.cache.readers import BlobSource
 from proxy.cache.refusals import RangeRefusals
 from proxy.cache.rest import Dropped
 from proxy.cache.streams import PacedBlob, PartStreams
+from proxy.cache.waiting_ranges import WaitingRanges
 from proxy.telemetry.metrics import Metrics
 from storage.disk.sparse import SparseUpload
 from storage.errors import (
@@ -29,15 +31,12 @@ from storage.errors import (
     RangeInvalid,
     RegistryError,
     StorageFailed,
-    TooManyRequests,
     Unavailable,
 )
 from storage.limits import Slots
 from storage.oci import Descriptor, Span
 from storage.registry import Blob
 from storage.shared import SharedTable
-
-MOST = 16  # transfers beside the one from the beginning on
 
 
 class Transfers:
@@ -52,6 +51,7 @@ class Transfers:
     size: of the blob, -1 if it is not known
     ranges: whether the origin sends ranges, None if that is not known
     clients: words for those who asked for bytes that were not there
+    waiting: what clients wait for while no further transfer may begin
     """
 
     def __init__(
@@ -71,21 +71,19 @@ class Transfers:
         self.clients = set(upload.clients)
         self.parts = Parts(upload.extents, ticks)
         self.refusals = RangeRefusals(ticks, known, fill.source.namespace, fill.digest)
+        self.waiting = WaitingRanges(ticks)
         self._fill = fill
         self._again = again
         self._ensure_room = ensure_room
         self._metrics = metrics
-        self._slots = slots
+        self._turns = RangeTurns(slots, str(fill.digest), metrics)
         self._requests = RangeRequests(fill.digest)
         self._streams = PartStreams(fill.source.namespace, ticks)
         self._cut: set[int] = set()  # where ranges began that broke off
         self._dropped = 0  # bytes that were repeated in former uploads
         self._counted = (0, 0)  # in the metrics: extents, and repeated bytes
-        self._most = asyncio.Semaphore(MOST)
         self._asking = asyncio.Lock()  # for the first range
         self._filling = 0  # gaps that are being fetched
-        self._waiting = 0  # ranges that wait for a slot
-        self._long = 0  # ranges that are fetched piece by piece
         self._ahead: asyncio.Task[None] | None = None  # brings what comes first, beside the fill
         self._whole: tuple[BlobSource, Blob, None] | None = None  # what came for a range, for the next gap
         self._tasks: set[asyncio.Task[None]] = set()
@@ -157,7 +155,7 @@ class Transfers:
 
     def reach(self, start: int, stop: int) -> int:
         """Up to where the gap is to be fetched at once: not far, while other transfers can bring the rest."""
-        in_pieces = self._long and self.ranges is not False
+        in_pieces = self._turns.long and self.ranges is not False
         return min(stop, start + self.parts.piece(self.end)) if in_pieces else stop
 
     async def fetch_gap(self, start: int, stop: int, whole: bool) -> None:
@@ -220,18 +218,15 @@ class Transfers:
 
     # What clients wait for
 
-    @property
-    def sends_ranges(self) -> bool:
-        """Whether one more transfer may ask the origin for a range."""
-        return self.ranges is not False and not self.refusals.paused
-
     def start(self, source: BlobSource, start: int, stop: int) -> asyncio.Task[None]:
         """Transfer [start, stop), as far as no other transfer brings it soon."""
         if source.client:
             self.clients.add(source.client)
         for each in self.clients:
             self.upload.add_client(each)
-        part = self.parts.add(start, stop, in_pieces=self._fill.rest.due)
+        instead = self.refusals.paused and self.waiting.places > 0
+        self.waiting.places -= instead
+        part = self.parts.add(start, stop, in_pieces=self._fill.rest.due, instead=instead)
         return self._spawn(self._fetch_range(source, part))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -240,34 +235,35 @@ class Transfers:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    @asynccontextmanager
-    async def _turn(self, source: BlobSource, long: bool) -> AsyncIterator[None]:
-        """A slot for a range; while a `long` one holds it, gaps are fetched piece by piece."""
-        async with self._most, self._slots.turn(source.namespace, str(self._fill.digest)):
-            self._long += long
-            try:
-                with self._metrics.transfers.track_inprogress():
-                    yield
-            finally:
-                self._long -= long
-
     async def _fetch_range(self, source: BlobSource, part: Part) -> None:
         """Transfer the part, and those that follow it."""
         async with AsyncExitStack() as held:
-            turn = held.enter_async_context(self._turn(source, part.goal >= 0))
+            turn = held.enter_async_context(self._turns.turn(source.namespace, part.goal >= 0))
             following = await self._fetch_part(source, part, turn)
             while following is not None:
-                following = await self._fetch_part(source, following)
+                part, following = following, await self._fetch_part(source, following)
+            while part.position == part.stop and (waiting := await self.fetch_waiting()) is not None:
+                part = waiting
+            self.waiting.places += part.position == part.stop
+
+    async def fetch_waiting(self) -> Part | None:
+        """While no further transfer may begin, bring something of what clients wait for by this one."""
+        if not self.refusals.paused or (found := self.waiting.next(self.parts.late)) is None:
+            return None
+        source, start, stop = found
+        part = self.parts.add(start, min(stop, start + LEAST), instead=True)
+        await self._fetch_part(source, part)
+        return part
 
     def _fetch_also(self, source: BlobSource) -> None:
         """While long ranges are read, bring what comes first by one more transfer, so that it is hashed."""
-        if self._long and not self._waiting and (self._ahead is None or self._ahead.done()):
+        if self._turns.spare and (self._ahead is None or self._ahead.done()):
             self._ahead = self._spawn(self._fetch_first(source))
 
     async def _fetch_first(self, source: BlobSource) -> None:
         with suppress(StorageFailed):  # nobody can wait for a slot
-            async with self._turn(source, False):
-                following = self.parts.first(self.size) if self._long and not self._waiting else None
+            async with self._turns.turn(source.namespace, False, wanted=False):
+                following = self.parts.first(self.size) if self._turns.spare else None
                 while following is not None:
                     following = await self._fetch_part(source, following)
 
@@ -277,14 +273,12 @@ class Transfers:
         """Transfer the part, when it is its turn; returns the one that the same transfer brings next."""
         try:
             if turn is not None:
-                self._waiting += 1
-                try:
-                    await turn
-                finally:
-                    self._waiting -= 1
+                await turn
             await self._transfer(source, part)
             if part.left and part.position == part.stop:
-                return self.parts.following(part, self.size, self._long > 0 and not self._waiting)
+                await self.fetch_waiting()
+                brief = self.refusals.paused
+                return self.parts.following(part, self.size, self._turns.spare, brief)
         except Dropped:
             pass
         except Unavailable as error:
@@ -310,14 +304,9 @@ class Transfers:
     async def _count(self, source: BlobSource, error: RegistryError) -> None:
         """Count a refusal of a range, unless the origin is down, or may not have the blob."""
         unknown = self.size < 0 and isinstance(error, RangeInvalid | BlobUnknown | NameUnknown)
-        if unknown or isinstance(error, StorageFailed) or not self.refusals.counts:
-            return
-        if not isinstance(error, TooManyRequests):  # a HEAD would be refused as well
-            try:
-                await source.origin.resolve_blob(source.name, self._fill.digest)
-            except RegistryError:
-                return
-        self.refusals.count(error)
+        if not (unknown or isinstance(error, StorageFailed)):
+            resolve = partial(source.origin.resolve_blob, source.name, self._fill.digest)
+            await self.refusals.count_if(resolve, error)
 
     async def _transfer(self, source: BlobSource, part: Part) -> None:
         blob, rest = await self._open(source, part), self._fill.rest
@@ -339,6 +328,7 @@ class Transfers:
             # It may refuse a second transfer, with any status, while it goes on with the first.
             if self.size >= 0 or not isinstance(error, RangeInvalid):  # else it may be no range of the blob
                 self.refusals.pause(error)
+                self.waiting.refused(source, part.position, part.stop)
             self.ranges = self.ranges and None  # only one range asks whether it is over
         elif isinstance(error, StorageFailed):
             rest.fail(error)
@@ -365,7 +355,8 @@ class Transfers:
     async def _request(self, source: BlobSource, part: Part) -> Blob | None:
         if self.ranges is False or self.refusals.lasting or self.refusals.ended:
             return None
-        if not part.granted and (self.refusals.paused or not self.parts.clip(part)):
+        paused = self.refusals.paused and not part.instead
+        if not part.granted and (paused or not self.parts.clip(part)):
             return None
         part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)
@@ -374,7 +365,7 @@ class Transfers:
         try:
             self.ranges = is_range(blob, span)
             self.refusals.reset()
-            if not part.granted:
+            if not (part.granted or part.instead):
                 self.refusals.accepted()
             if self.ranges and self.size < 0 <= size:
                 await self._begin(source, blob, part)

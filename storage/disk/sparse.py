@@ -91,14 +91,6 @@ class SparseUpload(FileUpload):
         """What of the spans is not written, in their order."""
         return [gap for each in spans for gap in self.extents.gaps(each.start, each.stop or 0)]
 
-    def awaited(self, offset: int, stop: int | None) -> tuple[int, int | None]:
-        """What a reader of verified bytes waits for that has come to `offset`, and reads up to `stop`.
-
-        The last byte is withheld until all are there: it waits for the first ones that are missing then.
-        """
-        last = offset == self.listed_size - 1 and self.has(offset)
-        return self.extents.gap(0, self.listed_size) if last else (offset, stop)
-
     async def keep(self, size: int, clients: Iterable[str]) -> None:
         """The blob has `size` bytes.  Keep those that are written, although the rest may not come.
 

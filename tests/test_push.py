@@ -109,7 +109,9 @@ def index(*children: bytes, kind: str = OCI_INDEX, **more: Any) -> bytes:
     [
         ("python-requests/2.28.1", "https", "https://registry.example/v2/local/"),
         ("python-requests/2.28.1", "http", "/v2/local/"),
+        ("Go-http-client/2.0", "https", "https://registry.example/v2/local/"),
         (None, "https", "https://registry.example/v2/local/"),
+        (None, "http", "/v2/local/"),
         ("docker/28.1", "https", "/v2/local/"),
     ],
 )

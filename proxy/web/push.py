@@ -364,14 +364,18 @@ class Push:
         return empty(202, {**COMMON, **cache_headers(exchange), "Content-Length": "0"})
 
 
+# The User-Agent of programs that give no name of their own; npm's request sends none.
+_NAMELESS = ("Go-http-client/", "python-requests/")
+
+
 def _resolves(request: web.BaseRequest, url: str) -> bool:
     """Whether this client may get a relative Location, which is the right one behind any proxy.
 
-    Charliecloud and clients made with npm's request do not resolve it.  They use HTTPS, so where `url` has
-    another scheme, a proxy that does not say so may be in front.
+    Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.  Where
+    the scheme of `url` is not https, a proxy that does not say so may be in front.
     """
-    agent = request.headers.get("User-Agent", "python-requests/")  # npm's request sends none
-    return not (agent.startswith("python-requests/") and url.startswith("https:"))
+    agent = request.headers.get("User-Agent", "")
+    return bool(agent) and not agent.startswith(_NAMELESS) or not url.startswith("https:")
 
 
 async def _continue(request: web.BaseRequest) -> None:

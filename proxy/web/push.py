@@ -371,11 +371,12 @@ _NAMELESS = ("Go-http-client/", "python-requests/")
 def _resolves(request: web.BaseRequest, url: str) -> bool:
     """Whether this client may get a relative Location, which is the right one behind any proxy.
 
-    Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.  Where
-    the scheme of `url` is not https, a proxy that does not say so may be in front.
+    Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.
+    Where the scheme of `url` is not https, a proxy that does not say so may be in front.
     """
     agent = request.headers.get("User-Agent", "")
-    return bool(agent) and not agent.startswith(_NAMELESS) or not url.startswith("https:")
+    nameless = not agent or agent.startswith(_NAMELESS)
+    return not (nameless and url.startswith("https:"))
 
 
 async def _continue(request: web.BaseRequest) -> None:

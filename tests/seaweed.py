@@ -26,24 +26,41 @@ if TYPE_CHECKING:
 ACCESS_KEY, SECRET_KEY = "a-key", "its-secret"
 _ACTIONS = ["Admin", "Read", "Write", "List", "Tagging"]
 _IDENTITY = {"credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": _ACTIONS}
+ATTEMPTS = 3
 _PORTS = ("master", "volume", "filer", "s3")
 
 
 class Seaweed:
-    """A running server.  All tests have the bucket `tests`: each has volumes of its own on the disk."""
+    """A running server.  All tests have the bucket `tests`: each has volumes of its own on the disk.
 
-    def __init__(self, directory: Path) -> None:
+    `volumes` is how many there may be, of 64 MiB.
+    """
+
+    def __init__(self, directory: Path, volumes: int = 100) -> None:
         self.directory = directory
+        self._volumes = volumes
+        for attempt in range(ATTEMPTS):
+            self._choose_ports()
+            if not (said := self._start()):
+                return
+            if attempt == ATTEMPTS - 1:  # else another program has taken a port meanwhile
+                pytest.fail(f"SeaweedFS did not start: {said}")
+
+    def _choose_ports(self) -> None:
         with ExitStack() as stack:
             free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(8)]
             ports = [each.getsockname()[1] for each in free]
         self._ports = dict(zip(_PORTS, zip(ports[::2], ports[1::2], strict=True), strict=True))
         PORTS.add(self._ports["s3"][0])
         self.endpoint = f"http://127.0.0.1:{self._ports['s3'][0]}"
-        self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start it again, and wait until it answers."""
+        if said := self._start():
+            pytest.fail(f"SeaweedFS did not start: {said}")
+
+    def _start(self) -> str:
+        """Start it, and wait until it answers; what it has said if it has ended instead."""
         self.directory.mkdir(exist_ok=True)
         identities = self.directory / "identities.json"
         identities.write_text(json.dumps({"identities": [{"name": "tests", **_IDENTITY}]}))
@@ -55,19 +72,24 @@ class Seaweed:
         options = [
             *("-dir", str(self.directory), "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
             *("-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-            *("-master.volumeSizeLimitMB=64", "-volume.max=100", *ports),
+            *("-master.volumeSizeLimitMB=64", f"-volume.max={self._volumes}", *ports),
         ]
         program = [shutil.which("weed") or str(Path(sys.executable).with_name("weed")), "server", *options]
         self.process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert self.process.stderr is not None
+        said = []
         for line in self.process.stderr:
+            said.append(line)
             if "Start Seaweed S3 API Server" in line:
                 break
         else:
-            pytest.fail("SeaweedFS did not start")
+            self.process.wait()
+            self.process.stderr.close()
+            return "".join(said[-10:]) or "nothing was said"
         # What it says later must not fill the pipe.
         self._reader = threading.Thread(target=self.process.stderr.read, daemon=True)
         self._reader.start()
+        return ""
 
     def kill(self) -> None:
         self.process.kill()
@@ -107,9 +129,9 @@ def require_seaweed() -> None:
 
 
 @contextmanager
-def seaweed_server(directory: Path) -> Iterator[Seaweed]:
+def seaweed_server(directory: Path, volumes: int = 100) -> Iterator[Seaweed]:
     require_seaweed()
-    server = Seaweed(directory)
+    server = Seaweed(directory, volumes)
     try:
         server.bucket("tests")
         yield server

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from storage.bucket import objects
 from storage.bucket.blobs import CLAIM, BucketBlobs
@@ -463,6 +465,31 @@ async def test_google(place: Place) -> None:
         await asyncio.to_thread(bucket.delete, "key")
         assert await bucket.size("key") is None
     assert (place.fake.objects, place.fake.uploads) == ({}, {})
+
+
+@pytest.mark.parametrize("content", [CONTENT, LARGE], ids=["whole", "in parts"])
+async def test_an_object_has_the_class_and_the_encryption_that_are_set(place: Place, content: bytes) -> None:
+    given = {"storage_class": "STANDARD_IA", "encryption": "aws:kms", "encryption_key": "a-key"}
+    settings = replace(place.fake.settings(), session_token="a-token", **given)
+    bucket = Bucket(settings.connect(), "s3", place.blobs._bucket.health, settings.storage_class)
+    method, seen = ("PUT" if content == CONTENT else "POST"), list[dict[str, str]]()
+
+    async def look(request: web.Request) -> web.StreamResponse:
+        seen.append({name.lower(): value for name, value in request.headers.items()})
+        found = getattr(place.fake, f"_{method.lower()}")
+        return await found(request, request.path.removeprefix("/bucket/"))  # type: ignore[no-any-return]
+
+    place.fake.spoilt[method] = [look]  # the first request makes the object
+    source = place.blobs.root / "source"
+    source.write_bytes(content)
+    await bucket.put("key", source, len(content))
+    assert seen[0].items() >= {
+        ("x-amz-storage-class", "STANDARD_IA"),
+        ("x-amz-server-side-encryption", "aws:kms"),
+        ("x-amz-server-side-encryption-aws-kms-key-id", "a-key"),
+        ("x-amz-security-token", "a-token"),
+    }
+    assert place.fake.objects == {"pre/fix/key": content}
 
 
 def test_each_cloud_has_its_settings(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tests.bench.push import MIB, REPOSITORY, Blobs, Client, Manifests
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, seaweed_server
 
 BUCKET = "tests"  # which the server has
+VOLUMES = 500  # of the server: what it has deleted, as a second copy, still takes room
 
 
 class InBucket(Peer):
@@ -190,7 +191,7 @@ def main(rounds: int, only: tuple[str, ...], names: str) -> None:
             continue
         with (
             tempfile.TemporaryDirectory(prefix="entrepot-bench-") as place,
-            seaweed_server(Path(place) / "seaweed") as seaweed,
+            seaweed_server(Path(place) / "seaweed", VOLUMES) as seaweed,
         ):
             peers = _peers(Path(place), seaweed, names.split(","))
             try:

@@ -101,11 +101,12 @@ class Reader:
 
     async def equals(self, content: bytes) -> bool:
         """Compares as it reads, so that many readers of much content need no memory."""
-        loop, expected, position = asyncio.get_running_loop(), memoryview(content), 0
+        loop, position = asyncio.get_running_loop(), 0
         buffer = memoryview(bytearray(1 << 20))
         while position < len(content):
             count = await loop.sock_recv_into(self._socket, buffer)
-            if count == 0 or buffer[:count] != expected[position : position + count]:
+            # As bytes: views are compared item by item, which takes twenty times as long.
+            if count == 0 or buffer[:count].tobytes() != content[position : position + count]:
                 return False
             position += count
         return True

@@ -6,13 +6,8 @@ from collections.abc import Mapping
 
 from proxy.config.errors import StartError
 from proxy.config.signers import SignerConfig
-from proxy.signatures.certificates import read_certificates
 from proxy.signatures.errors import SignerInvalid
 from proxy.signatures.forms import Signer
-from proxy.signatures.key_signer import KeySigner
-from proxy.signatures.keyless_signer import IdentityPattern, KeylessSigner
-from proxy.signatures.keys import VerificationKey
-from proxy.signatures.notary_signer import NotarySigner
 
 
 def signers_of(configured: Mapping[str, SignerConfig]) -> dict[str, Signer]:
@@ -27,6 +22,13 @@ def signers_of(configured: Mapping[str, SignerConfig]) -> dict[str, Signer]:
 
 
 def _signer(configured: SignerConfig) -> Signer:
+    # These import cryptography, which takes a twentieth of the start of a server, and most have no signers.
+    from proxy.signatures.certificates import read_certificates
+    from proxy.signatures.key_signer import KeySigner
+    from proxy.signatures.keyless_signer import IdentityPattern, KeylessSigner
+    from proxy.signatures.keys import VerificationKey
+    from proxy.signatures.notary_signer import NotarySigner
+
     if configured.key is not None:
         return KeySigner(VerificationKey.read(configured.key))
     if configured.certificates is not None:

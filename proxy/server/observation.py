@@ -22,6 +22,7 @@ from storage.keys import DEPOSIT
 from storage.maintenance.collection import Collection
 from storage.maintenance.scrub_progress import COUNTED
 
+VERSION = version("entrepot")
 TROUBLES = ("disk", "blobs", "records", "bucket", "database")  # kinds, whose numbers are shown from the start
 
 
@@ -45,7 +46,7 @@ class Observation:
 
     def prepare(self) -> None:
         parts, metrics = self._composition, self._metrics
-        metrics.build.labels(version("entrepot"), platform.python_version()).set(1)
+        metrics.build.labels(VERSION, platform.python_version()).set(1)
         for store, _ in zip(SCRUBBED, parts.maintenance.scrubs, strict=False):
             for name in COUNTED:
                 metrics.scrubbed(name).labels(store)

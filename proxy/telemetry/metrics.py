@@ -6,8 +6,9 @@ An object holds them, so that several servers in one process do not mix theirs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,12 +17,14 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Metric,
     Summary,
     disable_created_metrics,
     values,
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from proxy.telemetry.durations import BUCKETS, TalliedHistogram
 from proxy.telemetry.exemplars import Exemplars
@@ -50,7 +53,7 @@ class _Row(Generic[M]):
     """
 
     def __init__(self, kind: type[M], name: str, help: str, labels: str = "", **options: Any) -> None:
-        self._make: Callable[..., M] = partial(kind, name, help, labels.split(), **options)
+        self.make: Callable[[], M] = partial(kind, name, help, labels.split(), registry=None, **options)
 
     def __set_name__(self, owner: type, attribute: str) -> None:
         self._attribute = attribute
@@ -59,16 +62,13 @@ class _Row(Generic[M]):
         # Only for the type: each Metrics has an attribute of this name, which Python finds first.
         raise AttributeError(self._attribute)
 
-    def make(self, registry: CollectorRegistry | None) -> M:
-        return self._make(registry=registry)
-
 
 def _gauge(name: str, help: str, mode: str, labels: str = "") -> _Row[Gauge]:
     """A gauge; `mode` says how the values of several processes are combined."""
     return _Row(Gauge, name, help, labels, multiprocess_mode=mode)
 
 
-class Metrics:
+class Metrics(Collector):
     """The metrics of one server: of all its processes if they share a directory, else of this object."""
 
     # Requests of clients, and of other replicas
@@ -338,14 +338,13 @@ class Metrics:
     def __init__(self, exemplars: SharedTable | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the size of the exposition
         self._registry = CollectorRegistry()
-        common = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-        if common:
-            MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
-        # Metrics in a registry would only cover this process.
-        registry = None if common else self._registry
         rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
-        vars(self).update((name, row.make(registry)) for name, row in rows.items())
-        if common:
+        self._made: dict[str, Collector] = {name: row.make() for name, row in rows.items()}
+        vars(self).update(self._made)
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            self._registry.register(self)  # for all: each of them would take half as long as to make it
+        else:  # where collect() would only cover this process
+            MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
             # Each type has a file, which its first value opens; the others have values without labels.
             # Later, while a crowd of clients is connected, there may be no descriptor.
             self.seconds.labels("base", "none")
@@ -389,6 +388,9 @@ class Metrics:
         if found is None:
             found = self.upstreams[namespace] = Traffic(self.received.labels(namespace))
         return found
+
+    def collect(self) -> Iterator[Metric]:
+        return chain.from_iterable(each.collect() for each in self._made.values())
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics and their media type: OpenMetrics if `accept` names it, else the text format 0.0.4."""

@@ -25,6 +25,6 @@ def declared() -> Iterator[tuple[str, str, str, str]]:
     """The name, type, labels and meaning of each."""
     for row in vars(Metrics).values():
         if isinstance(row, _Row):
-            kind, (name, meaning, labels) = row._make.func, row._make.args  # type: ignore[attr-defined]
+            kind, (name, meaning, labels) = row.make.func, row.make.args  # type: ignore[attr-defined]
             shown = KINDS.get(kind.__name__, kind.__name__.lower())
             yield code(name), shown, " ".join(map(code, labels)), prose(meaning)

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests import ONE_AUTHORITY
 from tests.upstream import Upstream
 
 PATIENCE = 30.0  # seconds; only what never happens takes them
@@ -269,6 +270,7 @@ class Place:
                 "PATH": os.environ["PATH"],
                 "HOME": str(self.home),
                 "TMPDIR": str(self.temporary),
+                **ONE_AUTHORITY,
                 **self.environment,
             },
             stdout=asyncio.subprocess.PIPE,

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from proxy.cli.main import main
+from tests import ONE_AUTHORITY
 from tests.authority import Authority
 from tests.clients.processes import free_port
 from tests.upstream import Hold, Image, Upstream
@@ -81,6 +82,7 @@ async def running(
         "PATH": os.environ["PATH"],
         "HOME": str(home),
         "XDG_CACHE_HOME": str(home / "cache"),
+        **ONE_AUTHORITY,
         **more,
     }
     process = await asyncio.create_subprocess_exec(

@@ -17,11 +17,13 @@ import pytest
 import yaml
 
 from tests.clients.processes import Process, require
+from tests.documentation import site
 from tests.processes import Server
 from tests.test_distributions import needed
 from tests.test_docs import ROOT
 from tests.upstream import Upstream
 
+__all__ = ["site"]  # a fixture
 pytestmark = pytest.mark.clients
 
 # Shows the whole system below $1/root, where changes are kept in memory, for as long as the process runs.
@@ -42,14 +44,14 @@ exec sleep infinity
 DATA = ("cache", "format", "private")  # of a server
 
 
-def build(target: Path, libraries: Path, umask: int) -> Path:
+def build(target: Path, libraries: Path, umask: int, *options: str | Path) -> Path:
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(target.parent),
         "SOURCE_DATE_EPOCH": "1700000000",
         "DPKG_DEB_COMPRESSOR_TYPE": "none",  # to be quick
     }
-    words = [sys.executable, ROOT / "deploy/debian/build.py", target, "--libraries", libraries]
+    words = [sys.executable, ROOT / "deploy/debian/build.py", target, "--libraries", libraries, *options]
     done = subprocess.run(
         list(map(str, words)), env=environment, umask=umask, capture_output=True, text=True, timeout=120
     )
@@ -120,8 +122,11 @@ def installed(package: Path, tmp_path: Path) -> Iterator[Installed]:
         holder.stop()
 
 
-def test_the_same_source_makes_the_same_package(package: Path, libraries: Path, tmp_path: Path) -> None:
-    again = build(tmp_path / "elsewhere" / "two", libraries, 0o077)
+def test_the_same_source_makes_the_same_package(
+    package: Path, libraries: Path, site: Path, tmp_path: Path
+) -> None:
+    """The documentation in the second was built by this Python."""
+    again = build(tmp_path / "elsewhere" / "two", libraries, 0o077, "--site", site)
     assert hashlib.sha256(again.read_bytes()).digest() == hashlib.sha256(package.read_bytes()).digest()
 
 

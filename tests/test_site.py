@@ -15,8 +15,10 @@ from xml.etree import ElementTree
 import pytest
 from mkdocs.exceptions import Abort
 
-from tests.documentation import ROOT, build_site
+from tests.documentation import ROOT, SECRET, build_site, site
 from tests.test_docs import PAGES
+
+__all__ = ["site"]  # a fixture
 
 LOADED = {
     "img": "src",
@@ -29,7 +31,6 @@ LOADED = {
 SHAPES = {"svg", "title", "desc", "style", "defs", "marker", "path", "rect", "text"}
 CARRIED = "files"  # the folder for files of the repository
 IGNORED = ROOT / "deploy/image/Dockerfile.dockerignore"
-SECRET = "of-whoever-builds-it"
 LARGEST = 5 << 20  # bytes of the whole site: it is in the wheel
 
 
@@ -71,13 +72,6 @@ class SitePage(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("HOME", str(tmp_path_factory.mktemp(SECRET)))
-        return build_site(tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture(scope="module")
 def pages(site: Path) -> dict[str, SitePage]:
     """By their paths in the site."""
     return {path.name: SitePage(path) for path in site.glob("*.html")} | {
@@ -90,7 +84,9 @@ def hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs/site/hooks.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as path:
+        path.syspath_prepend(ROOT / "docs/site")  # as MkDocs does, for what it imports
+        spec.loader.exec_module(module)
     return module
 
 

@@ -4,8 +4,9 @@
     build.py DIRECTORY        write entrepot_VERSION_ARCHITECTURE.deb there
 
 Needs debhelper and dpkg-dev, and for this Python what deploy/image/build-requirements.txt has.  The libraries
-are downloaded, exactly those that are locked for the image; --libraries names a directory that has them
-already.  The same commit makes the same package: all times are SOURCE_DATE_EPOCH, or else that of the commit.
+are downloaded, exactly those that are locked for the image, and the documentation is built; --libraries and
+--site name directories that have them already.  The same commit makes the same package: all times are
+SOURCE_DATE_EPOCH, or else that of the commit.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 REQUIREMENTS = HERE.parent / "image" / "requirements.txt"
 UNITS = HERE.parent / "systemd"
+SITE = Path("proxy/ui/site")  # where the documentation is in the source
 SOURCE_ONLY = "envparse"  # it has no wheel; a new one that has none fails
 COMPLETIONS = {"bash": "entrepot", "zsh": "_entrepot", "fish": "entrepot.fish"}
 
 
-def build(target: Path, libraries: Path | None) -> None:
+def build(target: Path, libraries: Path | None, site: Path | None) -> None:
     """Write the package into the directory `target`.  Raises CalledProcessError and OSError."""
     time = int(os.environ.get("SOURCE_DATE_EPOCH") or _output("git", "log", "-1", "--format=%ct"))
     os.environ["SOURCE_DATE_EPOCH"] = str(time)
@@ -41,7 +43,7 @@ def build(target: Path, libraries: Path | None) -> None:
             _copy(HERE / part, tree / part)
         version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
         (tree / "debian" / "changelog").write_text(_changelog(version, time))
-        _lay_out_libraries(tree / "libraries", libraries)
+        _lay_out_libraries(tree / "libraries", libraries, site)
         _lay_out_units(tree)
         _lay_out_documents(tree)
         _run("dpkg-buildpackage", "--build=binary", "--no-sign", "--no-check-builddeps", cwd=tree)
@@ -50,7 +52,7 @@ def build(target: Path, libraries: Path | None) -> None:
             print(shutil.move(package, target / package.name))
 
 
-def _lay_out_libraries(place: Path, libraries: Path | None) -> None:
+def _lay_out_libraries(place: Path, libraries: Path | None, site: Path | None) -> None:
     """Those of the requirements, and Entrepôt itself."""
     if libraries is None:
         given = ["--require-hashes", "--only-binary=:all:", f"--no-binary={SOURCE_ONLY}", f"-r{REQUIREMENTS}"]
@@ -61,7 +63,10 @@ def _lay_out_libraries(place: Path, libraries: Path | None) -> None:
     with tempfile.TemporaryDirectory() as copy:  # setuptools writes beside what it builds
         for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "proxy", "storage"):
             _copy(ROOT / name, Path(copy) / name)
-        _build_site(Path(copy), place)
+        if site is None:
+            _build_site(Path(copy), place)
+        else:
+            _copy(site, Path(copy) / SITE)
         _pip(place, "--no-build-isolation", copy)
     shutil.rmtree(place / "bin", ignore_errors=True)
     for record in place.glob("*.dist-info"):
@@ -96,7 +101,7 @@ def _build_site(copy: Path, libraries: Path) -> None:
         _run(*setup, f"--egg-base={metadata}", cwd=copy)
         path = os.pathsep.join(map(str, (copy, metadata, libraries, mkdocs)))
         environment = {**os.environ, "PYTHONPATH": path}
-        site = f"--site-dir={copy / 'proxy/ui/site'}"
+        site = f"--site-dir={copy / SITE}"
         _run("/usr/bin/python3", "-BsS", *words, site, cwd=copy, environment=environment)
 
 
@@ -171,8 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--libraries", type=Path)
+    parser.add_argument("--site", type=Path)
     given = parser.parse_args(arguments)
-    build(given.directory, given.libraries)
+    build(given.directory, given.libraries, given.site)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,16 @@ def main() -> None:
         for place in places:
             command.add_argument(place, type=Path)
         command.add_argument("--architecture", action="append", choices=PLATFORMS)
+        if name != "fetch":
+            command.add_argument("--site", type=Path, help="the documentation; without this it is built")
     words = parser.parse_args()
     architectures = words.architecture or [NATIVE]
     if words.command == "fetch":
         fetch(words.packages, architectures)
     elif words.command == "trees":
-        make_trees(words.packages, words.trees, architectures[0], epoch())
+        make_trees(words.packages, words.trees, architectures[0], epoch(), words.site)
     else:
-        print(build(words.packages, words.layout, architectures))
+        print(build(words.packages, words.layout, architectures, words.site))
 
 
 def epoch() -> int:
@@ -57,14 +59,14 @@ def epoch() -> int:
     return int(os.environ.get("SOURCE_DATE_EPOCH") or _git("log", "-1", "--format=%ct"))
 
 
-def build(packages: Path, layout: Path, architectures: Sequence[str]) -> str:
-    """Make the image in the new directory `layout`; returns its digest."""
+def build(packages: Path, layout: Path, architectures: Sequence[str], site: Path | None = None) -> str:
+    """Make the image in the new directory `layout`; returns its digest.  `site` is as in make_trees()."""
     made = ImageLayout(layout)
     images, boms = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         for each in architectures:
             trees = Path(temporary, each)
-            make_trees(packages, trees, each, epoch())
+            make_trees(packages, trees, each, epoch(), site)
             boms[f"entrepot-{each}.cdx.json"] = (trees / BOM).read_bytes()
             health = _buildah(Path(temporary, "storage"), trees, layout, each)
             images.append(_complete(made, made.descriptors()[-1], health))

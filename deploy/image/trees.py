@@ -26,6 +26,7 @@ from fetch import NATIVE
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent.parent
+SITE = Path("proxy/ui/site")  # where the documentation is in the source
 PACKAGES = Path("usr/local/lib/python3.11/dist-packages")
 USER = "65532"
 EARLIEST = 315532800  # seconds: 1980, before which a zip knows no time
@@ -89,11 +90,12 @@ class ImagePython:
         subprocess.run(list(map(str, [*python, *words])), check=True, env=environment, cwd=directory)
 
 
-def make_trees(packages: Path, trees: Path, architecture: str, epoch: int) -> None:
+def make_trees(packages: Path, trees: Path, architecture: str, epoch: int, site: Path | None) -> None:
     """Make all trees in the new directory `trees`.  Raises CalledProcessError and OSError.
 
     packages: what fetch.py has downloaded
     epoch: the time of all files, in seconds
+    site: the documentation; None to build it
     """
     system, libraries, application, data = (
         trees / each for each in ("system", "libraries", "application", "data")
@@ -105,7 +107,7 @@ def make_trees(packages: Path, trees: Path, architecture: str, epoch: int) -> No
         python = ImagePython(system if architecture == NATIVE else Path(temporary))
         if architecture != NATIVE:
             _make_system(packages / NATIVE / "debian", python.system, NATIVE)
-        _install_entrepot(application / PACKAGES, epoch, python, packages / NATIVE / "libraries")
+        _install_entrepot(application / PACKAGES, epoch, python, packages / NATIVE / "libraries", site)
         for found in (libraries, application):
             _remove_records(found)
         _compile(trees, python)
@@ -167,7 +169,9 @@ def _write(root: Path, name: str) -> None:
     (root / name).write_text(FILES[name])
 
 
-def _install_entrepot(target: Path, epoch: int, python: ImagePython, libraries: Path) -> None:
+def _install_entrepot(
+    target: Path, epoch: int, python: ImagePython, libraries: Path, site: Path | None
+) -> None:
     """Build its wheel from a copy, for that writes to the directory, and unpack it.
 
     libraries: of this machine's architecture, for the reference, which is made of the code
@@ -181,7 +185,10 @@ def _install_entrepot(target: Path, epoch: int, python: ImagePython, libraries: 
             shutil.copytree(
                 SOURCE / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "site")
             )
-        _build_site(source, python, libraries)
+        if site is None:
+            _build_site(source, python, libraries)
+        else:
+            shutil.copytree(site, source / SITE)
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
         command = [*pip, "--no-build-isolation", f"--wheel-dir={temporary}", str(source)]
         time = max(epoch, EARLIEST)
@@ -199,7 +206,7 @@ def _build_site(source: Path, python: ImagePython, libraries: Path) -> None:
         setup = [sys.executable, "-c", "import setuptools; setuptools.setup()", "--quiet", "egg_info"]
         subprocess.run([*setup, f"--egg-base={metadata}"], check=True, cwd=source)
         path = [source, Path(metadata), libraries, mkdocs]
-        python.run(*words, f"--site-dir={source / 'proxy/ui/site'}", libraries=path, directory=source)
+        python.run(*words, f"--site-dir={source / SITE}", libraries=path, directory=source)
 
 
 def _remove_records(tree: Path) -> None:

@@ -14,7 +14,9 @@ from playwright.async_api import Page
 from proxy.ui.documentation import documentation
 from tests.browser.chromium import COLORS
 from tests.browser.conftest import Open
-from tests.documentation import ROOT, build_site
+from tests.documentation import ROOT, site
+
+__all__ = ["site"]  # a fixture
 
 SEARCHED = (
     "words => new URLSearchParams(location.search).get('q') === words"
@@ -40,11 +42,11 @@ async def icon(request: web.Request) -> web.Response:
 
 
 @pytest.fixture
-async def address(tmp_path: Path) -> AsyncIterator[str]:
+async def address(site: Path) -> AsyncIterator[str]:
     """Of a listener that serves the site; it outlives the windows of the test."""
     listener = web.Application()
     listener.router.add_get("/favicon.ico", icon)
-    listener.add_subapp("/ui", documentation(build_site(tmp_path / "site")))  # where windows open their pages
+    listener.add_subapp("/ui", documentation(site))  # where windows open their pages
     async with TestServer(listener) as server:
         yield str(server.make_url(""))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ import pytest
 
 from tests.clients.containers import Podman
 from tests.clients.processes import environment, require, run
+from tests.once import built_once
 from tests.test_docs import ROOT
 
 DIRECTORY = ROOT / "deploy" / "image"
@@ -42,7 +42,7 @@ class Layout:
         return json.loads(self.path(descriptor).read_text())
 
 
-def build(command: str, place: Path, umask: int) -> None:
+def build(command: str, place: Path, umask: int, *options: str | Path) -> None:
     """Run build.py: `image` makes a layout at `place`, and `trees` the files alone."""
     require("buildah", "dpkg-deb")
     if not PACKAGES.exists():
@@ -50,7 +50,7 @@ def build(command: str, place: Path, umask: int) -> None:
             pytest.fail(f"{PACKAGES} has no packages: .ci/run downloads them")
         pytest.skip("the packages of the image are not downloaded: deploy/image/build.py fetch .venv/image")
     given = {"SOURCE_DATE_EPOCH": str(EPOCH), "REVISION": "0123abc", "TMPDIR": str(place.parent)}
-    words = [sys.executable, BUILD, command, PACKAGES, place]
+    words = [sys.executable, BUILD, command, PACKAGES, place, *options]
     done = subprocess.run(
         words, env={**os.environ, **given}, capture_output=True, text=True, umask=umask, timeout=PATIENCE
     )
@@ -60,15 +60,7 @@ def build(command: str, place: Path, umask: int) -> None:
 @pytest.fixture(scope="session")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """Built by the first process of the tests that wants it."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    directory = shared / "image" / "layout"
-    directory.parent.mkdir(exist_ok=True)
-    with (directory.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "index.json").exists():
-            build("image", directory, umask=0o022)
-    return Layout(directory)
+    return Layout(built_once(tmp_path_factory, "image", lambda place: build("image", place, umask=0o022)))
 
 
 def running_podman(home: Path) -> Podman:

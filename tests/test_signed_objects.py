@@ -9,6 +9,7 @@ from pathlib import Path
 
 import obstore
 import pytest
+import trustme
 from structlog.testing import LogCapture
 
 from proxy.config.shared import SharedConfig
@@ -21,6 +22,7 @@ from storage.errors import OriginTimeout, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import ReadInto
 from tests.objects import FakeBucket, answer
+from tests.relay import Relay, server_side
 from tests.test_bucket_server import Registry, registry  # noqa: F401  a fixture
 from tests.test_copies import blob_of
 
@@ -171,7 +173,35 @@ async def test_a_server_reads_by_them_and_logs_none(
     assert "Amz" not in str(events.entries)
 
 
-S3 = {"bucket": "s3://a/b", "access_key": "key", "secret_key": "secret"}
+@pytest.mark.parametrize("through", ["TLS", "a proxy"])
+async def test_the_authority_and_the_proxy_that_are_set_serve_both_ways(
+    place: Place, tmp_path: Path, through: str
+) -> None:
+    authority = trustme.CA()
+    tls = server_side(authority) if through == "TLS" else None
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    async with Relay(place.fake.port, tls) as relay:
+        here = f"http://127.0.0.1:{relay.port}"
+        endpoint = here.replace("http", "https") if tls else f"http://127.0.0.1:{place.fake.port}"
+        given = {"ca": tmp_path / "ca.pem"} if tls else {"proxy": here}
+        config = SharedConfig(bucket="s3://bucket/pre/fix", endpoint=endpoint, **KEYS, **given)
+        reader = signed_objects(config)
+        assert reader is not None
+        for signed in (0, 1):
+            bucket = Bucket(
+                config.settings().connect(),
+                "a bucket",
+                healthy("a bucket", tmp_path),
+                reader=reader if signed else None,
+            )
+            assert await copied(BucketBlob(bucket, KEY, BLOB, 0.0)) == CONTENT
+            assert place.fake.signed == signed
+            assert tls is not None or len(relay.seen) > signed
+        await reader.close()
+
+
+KEYS = {"access_key": "key", "secret_key": "secret"}
+S3 = {"bucket": "s3://a/b", **KEYS}
 
 
 def test_where_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

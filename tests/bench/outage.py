@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import shlex
+import signal
 import sys
 import tempfile
 import threading
@@ -150,15 +151,21 @@ class Load:
         return len(self._pushed), sum(self._pull(each) != "200" for each in self._pushed)
 
 
-def run(load: Load, seaweed: Seaweed, seconds: float) -> None:
+def run(load: Load, seaweed: Seaweed, seconds: float, silent: bool) -> None:
     with ThreadPoolExecutor(EACH * len(load.kinds())) as pool:
         running = [pool.submit(load.repeat, *each) for each in load.kinds().items() for _ in range(EACH)]
         try:
             time.sleep(10)
-            seaweed.kill()
+            if silent:
+                seaweed.process.send_signal(signal.SIGSTOP)
+            else:
+                seaweed.kill()
             load.phase = "without"
             time.sleep(seconds)
-            seaweed.start()
+            if silent:
+                seaweed.process.send_signal(signal.SIGCONT)
+            else:
+                seaweed.start()
             load.phase = "after"
             time.sleep(15)
         finally:
@@ -169,7 +176,8 @@ def run(load: Load, seaweed: Seaweed, seconds: float) -> None:
 
 @click.command()
 @click.option("--seconds", default=60.0, show_default=True, help="How long the bucket is lost.")
-def main(seconds: float) -> None:
+@click.option("--silent", is_flag=True, help="It is there, and does not answer, instead.")
+def main(seconds: float, silent: bool) -> None:
     """Kills a bucket under load, and starts it again; prints a table."""
     os.environ["PATH"] += ":/usr/local/sbin:/usr/sbin:/sbin"  # where Debian keeps nginx
     print(f"- command: `{shlex.join(['python', '-m', 'tests.bench.outage', *sys.argv[1:]])}`")
@@ -186,7 +194,7 @@ def main(seconds: float) -> None:
         peer = Shared(place / "entrepot", f"http://127.0.0.1:{upstream.port}")
         stack.callback(peer.stop)
         load = Load(peer.port, upstream)
-        run(load, seaweed, seconds)
+        run(load, seaweed, seconds, silent)
         pushed, lost = load.lost()
     print("| request | before | without the bucket | after |\n|---|---|---|---|")
     for kind in load.kinds():

@@ -140,9 +140,6 @@ def serve(
     Without a configuration it caches the well-known public registries, and listens on 127.0.0.1:5000. The
     options replace what the configuration says.
     """
-    gc.disable()  # imports take a tenth longer with it
-    from proxy.server.process import run
-
     path = chosen(file, path)
     given = [
         *settings,
@@ -152,6 +149,9 @@ def serve(
         *map(_upstream, upstreams),
     ]
     config = _load(path, given)
+    gc.disable()  # imports take a tenth longer with it
+    from proxy.server.process import run  # here: a mistake in the configuration is said in half the time
+
     logs.configure(config.log.format, config.log.level, access=config.log.access)
     _with_authorities(config)
     gc.freeze()  # the processes share this memory as long as nothing writes to it

@@ -29,10 +29,14 @@ ERRORS = pytest.mark.errors("bucket.failed", "blob.damaged")
 
 
 class Crowd:
-    """Clients that push and pull until they are told to stop; `stored` is what was acknowledged."""
+    """Clients that push and pull until they are told to stop; `stored` is what was acknowledged.
+
+    They begin requests only while there is a server, which is `serving`.
+    """
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self.url = ""
+        self.serving = asyncio.Event()
         self.stored: dict[Digest, bytes] = {}
         self.refused = 0  # requests answered 503
         self._session = session
@@ -49,6 +53,7 @@ class Crowd:
 
     async def repeat(self, work: Callable[[], Awaitable[int]]) -> None:
         while not self._ended:
+            await self.serving.wait()
             try:
                 status = await work()
             except aiohttp.ClientError:
@@ -119,6 +124,7 @@ async def test_a_bucket_that_is_killed_loses_nothing(
     crowd: Crowd,
 ) -> None:
     crowd.url = (await serve(place, bucket)).url
+    crowd.serving.set()
     async with AsyncExitStack() as stack:
         await working(crowd, stack)
         await crowd.until(lambda: len(crowd.stored) >= 10)
@@ -139,13 +145,16 @@ async def test_a_server_that_is_killed_loses_nothing(
 ) -> None:
     server = await serve(place, bucket)
     crowd.url = server.url
+    crowd.serving.set()
     async with AsyncExitStack() as stack:
         await working(crowd, stack)
         for enough in (5, 10, 15):
             await crowd.until(lambda enough=enough: len(crowd.stored) >= enough)  # type: ignore[misc]
+            crowd.serving.clear()
             await server.clear()
             server = await place.start()
             crowd.url = server.url
+            crowd.serving.set()
     for digest in crowd.stored:
         assert await crowd.check(digest) == 200
     for left in (place.directory / "private" / "partial").iterdir():

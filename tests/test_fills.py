@@ -770,3 +770,22 @@ async def test_that_a_blob_is_unknown_is_told_before_anybody_could_ask_again(
     with pytest.raises(BlobUnknown):
         await rig.fills.join(source, digest)
     assert going_on == [True]
+
+
+async def test_a_blob_that_is_evicted_before_it_is_linked(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. the fill commits it  2. another process evicts it, for what comes besides  3. the fill links it"""
+    digest = upstream.blob("a/b", BODY)
+    site, uncached, link = await serve(upstream), heard("fill.uncached"), Store.link
+
+    async def evict_and_link(self: Store, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        self.files.path(Digest(digest)).unlink()
+        return await link(self, *arguments)
+
+    monkeypatch.setattr(Store, "link", evict_and_link)
+    assert (await site.get(path_of(digest)))[2] == BODY
+    await uncached.wait()
+    assert (await site.get(path_of(digest)))[2] == BODY
+    assert len(upstream.log) == 2

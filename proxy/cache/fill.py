@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from proxy.cache.readers import BlobSource
 from proxy.cache.rest import Idle, Rest
 from proxy.telemetry.tracing import TraceSpan, current_span, failed
 from storage.disk.sparse import SparseUpload
-from storage.errors import StorageFailed, Unavailable
+from storage.errors import BlobUnknown, StorageFailed, Unavailable
 from storage.oci import Descriptor, Digest, Span
 
 log = structlog.get_logger()
@@ -210,3 +211,12 @@ def awaited(upload: SparseUpload, offset: int, stop: int | None) -> tuple[int, i
     """
     last = offset == upload.listed_size - 1 and upload.has(offset)
     return upload.extents.gap(0, upload.listed_size) if last else (offset, stop)
+
+
+@contextmanager
+def kept(digest: Digest) -> Iterator[None]:
+    """Raise StorageFailed if the blob, which was just stored, is evicted meanwhile: its origin has it."""
+    try:
+        yield
+    except BlobUnknown as error:
+        raise StorageFailed(f"{digest} was evicted as soon as it was stored") from error

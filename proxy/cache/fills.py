@@ -19,7 +19,7 @@ import structlog
 from proxy.cache.answered import Answered
 from proxy.cache.deposits import Deposits, handed_over
 from proxy.cache.fetcher import Fetcher
-from proxy.cache.fill import Abandoned, EndedFill, Fill
+from proxy.cache.fill import Abandoned, EndedFill, Fill, kept
 from proxy.cache.lazy import confirm, follow_parts
 from proxy.cache.policy import Threshold
 from proxy.cache.readers import BlobSource, FollowedBlob
@@ -239,7 +239,7 @@ class Fills:
             fill.size = descriptor.size
             deposited = outcome != "followed" and not fill.source.linked
             async with handed_over(fill.digest, self._deposits if deposited else None):
-                with step("store.write"):
+                with step("store.write"), kept(fill.digest):
                     for repository in list(fill.repositories):
                         await self._store.link(repository, fill.digest, descriptor.size)
             result = outcome

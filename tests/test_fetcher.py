@@ -747,6 +747,34 @@ async def test_a_transfer_that_ends_gives_its_place_to_who_waits(
     assert rig.store.files.path(digest).read_bytes() == BODY
 
 
+async def test_after_a_pause_one_transfer_begins_after_the_other(
+    rig: Rig, upstream: Upstream, clock: Clock, small: None
+) -> None:
+    digest, gates = Digest(upstream.blob("a/b", BODY)), [asyncio.Event() for _ in range(2)]
+    upstream.next("GET", digest, Hold(gates[0], after=1000))
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    fault, accepted = Status(503, {"Retry-After": "3"}), Hold(gates[1], after=1000)
+    refused, again = heard("fill.range_refused"), heard("fill.range_refused", times=2)
+    for each in (fault, accepted, fault):
+        upstream.next("GET", to_ranges, each)
+    starts = (1_000_000, 1_200_000, 1_400_000)
+    waiting = [asyncio.create_task(rig.read(digest, start, start + 50_000)) for start in starts]
+    await refused.wait()
+    clock.advance(3)
+    await accepted.reached.wait()
+    await again.wait()
+    for start in starts:
+        (fill,) = rig.fills.in_flight()
+        fill.want(rig.source, start, start + 50_000)
+    assert await rig.read(digest, 0, 999) == BODY[:999]
+    assert len(asked(upstream)) == 1 + 3
+    gates[1].set()
+    assert await asyncio.gather(*waiting) == [BODY[start : start + 50_000] for start in starts]
+    gates[0].set()
+    await rig.fills.ended(digest)
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
 @pytest.mark.parametrize(("fault", "seconds"), [(Status(503, {"Retry-After": "3"}), 3), (Status(403), 0.25)])
 async def test_a_refused_range_is_asked_for_again_soon(
     rig: Rig, upstream: Upstream, clock: Clock, small: None, fault: Fault, seconds: float

@@ -189,6 +189,16 @@ def test_pauses_grow_until_one_more_transfer_is_accepted(clock: Clock) -> None:
     assert refusals.ended
 
 
+def test_it_is_asked_with_care_for_as_long_after_a_pause_as_that_was(clock: Clock) -> None:
+    refusals = RangeRefusals(clock, SharedTable(), "up", Digest.of(b"a"))
+    assert not refusals.wary
+    refusals.pause(OriginFailed("it failed", retry_after=3))
+    clock.advance(5.75)
+    assert (refusals.paused, refusals.wary) == (False, True)
+    clock.advance(0.25)
+    assert not refusals.wary
+
+
 class Faulty(Registry):
     """An origin whose ranges meet a fault of the program; with `blob` it sends all of that."""
 

@@ -29,6 +29,7 @@ class RangeRefusals:
         self._key = table.key("ranges", namespace, digest)
         self._paused_until = -math.inf
         self._rest = 0.0  # seconds, of the last pause
+        self._wary_until = -math.inf
         self._spans: dict[tuple[int, int], tuple[RegistryError, float]] = {}
 
     @property
@@ -43,6 +44,15 @@ class RangeRefusals:
             self._rest = min(REST, max(FIRST_REST, 2 * self._rest))
             self._paused_until = now + self._rest
         self._paused_until = max(self._paused_until, now + min(REST, error.retry_after or 0.0))
+        self._wary_until = 2 * self._paused_until - now
+
+    @property
+    def wary(self) -> bool:
+        """Whether further transfers begin one after the other: for as long after a pause as it was.
+
+        If all that have waited began at once, most would be refused, and the origin taken to be down.
+        """
+        return self._ticks() < self._wary_until
 
     def accepted(self) -> None:
         """The origin has sent a range by one more transfer."""

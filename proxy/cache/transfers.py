@@ -346,17 +346,19 @@ class Transfers:
 
     async def _open(self, source: BlobSource, part: Part) -> Blob | None:
         """The transfer of a part; None if its bytes have come meanwhile, or the origin does not send it."""
-        if self.ranges is None and not part.granted:
+        if not part.granted and (self.ranges is None or self.refusals.wary):
             async with self._asking:  # the first answer tells whether the origin sends ranges
-                if self.ranges is None:
+                if self.ranges is None or self.refusals.wary:
                     return await self._request(source, part)
         return await self._request(source, part)
 
     async def _request(self, source: BlobSource, part: Part) -> Blob | None:
         if self.ranges is False or self.refusals.lasting or self.refusals.ended:
             return None
-        paused = self.refusals.paused and not part.instead
-        if not part.granted and (paused or not self.parts.clip(part)):
+        if not (part.granted or part.instead) and self.refusals.paused:
+            self.waiting.add(source, part.position, part.stop)
+            return None
+        if not (part.granted or self.parts.clip(part)):
             return None
         part.requested = True
         span = Span(part.position, None if part.stop == LARGEST_UNSIZED else part.stop)

@@ -29,6 +29,7 @@ REQUIREMENTS = HERE.parent / "image" / "requirements.txt"
 UNITS = HERE.parent / "systemd"
 SITE = Path("proxy/ui/site")  # where the documentation is in the source
 SOURCE_ONLY = "envparse"  # it has no wheel; a new one that has none fails
+COMPRESSOR = {"TYPE": "zstd", "LEVEL": "9"}  # a fifth larger than by xz, in a twentieth of the time
 COMPLETIONS = {"bash": "entrepot", "zsh": "_entrepot", "fish": "entrepot.fish"}
 
 
@@ -37,6 +38,8 @@ def build(target: Path, libraries: Path | None, site: Path | None) -> None:
     time = int(os.environ.get("SOURCE_DATE_EPOCH") or _output("git", "log", "-1", "--format=%ct"))
     os.environ["SOURCE_DATE_EPOCH"] = str(time)
     os.environ.setdefault("LC_ALL", "C.UTF-8")
+    for name, value in COMPRESSOR.items():
+        os.environ.setdefault(f"DPKG_DEB_COMPRESSOR_{name}", value)
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary) / "entrepot"
         for part in ("debian", "program", "entrepot.1"):

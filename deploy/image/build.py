@@ -40,7 +40,7 @@ def main() -> None:
     }.items():
         command = commands.add_parser(name)
         for place in places:
-            command.add_argument(place, type=Path)
+            command.add_argument(place, type=lambda path: Path(path).resolve())  # steps run elsewhere
         command.add_argument("--architecture", action="append", choices=PLATFORMS)
         if name != "fetch":
             command.add_argument("--site", type=Path, help="the documentation; without this it is built")

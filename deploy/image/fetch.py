@@ -26,8 +26,9 @@ def fetch(directory: Path, architectures: Sequence[str]) -> None:
 
     Also for this machine, whose Python compiles, and makes the documentation by the libraries.  Raises
     CalledProcessError and OSError.
+
+    directory: absolute, for apt runs elsewhere
     """
-    directory = directory.resolve()  # apt would look for another one elsewhere
     parts = {"debian": ("debian.txt", _fetch_debian), "libraries": ("requirements.txt", _fetch_libraries)}
     for each in dict.fromkeys([NATIVE, *architectures]):
         for name, (list_, download) in parts.items():

@@ -43,16 +43,25 @@ class Layout:
 
 
 def build(command: str, place: Path, umask: int, *options: str | Path) -> None:
-    """Run build.py: `image` makes a layout at `place`, and `trees` the files alone."""
+    """Run build.py: `image` makes a layout at `place`, and `trees` the files alone.
+
+    Both places are relative, as on the page.
+    """
     require("buildah", "dpkg-deb")
     if not PACKAGES.exists():
         if os.environ.get("ENTREPOT_REQUIRE_CLIENTS") == "1":
             pytest.fail(f"{PACKAGES} has no packages: .ci/run downloads them")
         pytest.skip("the packages of the image are not downloaded: deploy/image/build.py fetch .venv/image")
     given = {"SOURCE_DATE_EPOCH": str(EPOCH), "REVISION": "0123abc", "TMPDIR": str(place.parent)}
-    words = [sys.executable, BUILD, command, PACKAGES, place, *options]
+    words = [sys.executable, BUILD, command, os.path.relpath(PACKAGES, place.parent), place.name, *options]
     done = subprocess.run(
-        words, env={**os.environ, **given}, capture_output=True, text=True, umask=umask, timeout=PATIENCE
+        words,
+        cwd=place.parent,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        umask=umask,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
 

@@ -236,6 +236,17 @@ def test_entrepot_keeps_it_whole(layout: Layout, registry: str) -> None:
     assert found[0]["digest"] == layout.index["manifests"][1]["digest"]
 
 
+def test_skopeo_copies_it_as_the_page_says(registry: str, layout: Layout, home: Path) -> None:
+    """By its name in the layout, where its bill of materials is beside it."""
+    require("skopeo", root=False)
+    page = (ROOT / "docs/install/container.md").read_text()
+    [(copy, source)] = re.findall(r"(?m)^(skopeo copy --all) oci:layout(\S*) docker://", page)
+    words = [*copy.split(), "--quiet", "--dest-tls-verify=false"]
+    run([*words, f"oci:{layout.directory}{source}", f"docker://{registry}/local/copied:1"], environment(home))
+    with urllib.request.urlopen(f"http://{registry}/v2/local/copied/manifests/1") as answer:
+        assert answer.headers["Docker-Content-Digest"] == layout.top["digest"]
+
+
 def test_it_serves(running: Running, layout: Layout, home: Path) -> None:
     """Pulled from Entrepôt, it caches Entrepôt, and keeps what is pushed to it."""
     copy = ["skopeo", "copy", "--quiet", "--src-tls-verify=false", "--dest-tls-verify=false"]

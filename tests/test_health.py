@@ -117,6 +117,45 @@ async def test_no_server(tmp_path: Path) -> None:
     assert f"no server at http://127.0.0.1:{port}" in result.stderr
 
 
+@pytest.mark.parametrize("by", ["--config", "--server"])
+async def test_a_server_that_is_starting(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --wait it is asked again until it listens: here it does once it was found absent."""
+    port = free_port()
+    runner = TestServer(app := web.Application(), port=port)
+    app.router.add_get("/readyz", answer_ready)
+
+    async def absent(seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, asyncio.run_coroutine_threadsafe(start(), outside).result)
+
+    async def start() -> None:
+        if not runner.started:
+            await runner.start_server()
+
+    outside = asyncio.get_running_loop()
+    monkeypatch.setattr("proxy.cli.health.asyncio.sleep", absent)
+    config = tmp_path / "watched.yml"
+    config.write_text(f"admin: 127.0.0.1:{port}\n")
+    words = {"--config": str(config), "--server": f"http://127.0.0.1:{port}"}
+    try:
+        assert (await invoke(by, words[by])).exit_code == 1
+        result = await invoke(by, words[by], "--wait", "1h")
+        assert (result.exit_code, result.stdout) == (0, "ready\n"), result.output
+    finally:
+        await runner.close()
+
+
+async def answer_ready(request: web.Request) -> web.Response:
+    return web.json_response({"status": "ready"})
+
+
+@pytest.mark.parametrize("wait", ["0s", "soon"])
+async def test_a_wait_that_is_none(wait: str) -> None:
+    result = await invoke("--wait", wait)
+    assert result.exit_code == 2
+    assert "--wait" in result.stderr
+
+
 async def test_a_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.cli.health.PATIENCE", 0.01)
     connected = asyncio.Event()

@@ -107,7 +107,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("entrepot doctor", "on the server"),
         ("entrepot doctor --client http://cache.example:5000", "on a client"),
     ),
-    "health": (("entrepot health", "the exit status is 0 if it serves"),),
+    "health": (
+        ("entrepot health", "the exit status is 0 if it serves"),
+        ("entrepot health --wait 60s", "also if it is just starting"),
+    ),
     "setup": (
         ("entrepot setup containerd --url http://cache.example:5000", "print the files"),
         ("entrepot setup docker --write", "install them"),

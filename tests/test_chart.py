@@ -437,11 +437,24 @@ def test_secrets_are_made_where_none_are_named() -> None:
 
 def test_a_private_key_is_not_given_to_nodes_and_tests() -> None:
     manifests = render(CASES["tls"])
-    for kind, name in (("DaemonSet", "entrepot-nodes"), ("Pod", "entrepot-test")):
+    pods = (("Pod", "entrepot-test-pull"), ("Pod", "entrepot-test-admin"))
+    for kind, name in (("DaemonSet", "entrepot-nodes"), *pods):
         spec = named(manifests, kind, name)["spec"]
         spec = spec.get("template", {}).get("spec", spec)
         [authority] = [each["secret"] for each in spec["volumes"] if "secret" in each]
         assert authority["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
+
+
+@pytest.mark.parametrize("name", ["default", "tls", "nodes"])
+def test_helm_shows_the_logs_of_its_tests(name: str) -> None:
+    """`helm test --logs` asks for the log of a pod, which is refused where there are two containers."""
+    tests = [
+        each for each in render(CASES[name]) if "helm.sh/hook" in each["metadata"].get("annotations", {})
+    ]
+    assert [each["metadata"]["name"] for each in tests] == ["entrepot-test-admin", "entrepot-test-pull"]
+    [[admin], [pull]] = ([*containers([each])] for each in tests)
+    assert admin["args"][0] == "stats" and "env" in admin
+    assert pull["args"][0] == "doctor" and "env" not in pull
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ VARIABLES = {
 SERVICES = {
     "cache": {"entrepot"},
     "tls": {"entrepot", "caddy"},
-    "fleet": {"entrepot", "balancer", "postgres", "s3"},
+    "fleet": {"entrepot", "balancer", "postgres", "s3", "bucket"},
     "monitoring": {"entrepot", "prometheus", "grafana"},
 }
 
@@ -47,7 +47,7 @@ def test_files_are_valid(name: str, home: Path) -> None:
     for other in services.values():
         assert "." in other["image"].rpartition(":")[2] or other["image"].endswith("postgres:17")
     for service in (ours, *services.values()):
-        for volume in service["volumes"]:
+        for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
             assert not source.startswith("/") or Path(source).exists(), source
         published = [each for each in map(str, service.get("ports", [])) if not each.startswith("127.0.0.1:")]

@@ -123,6 +123,8 @@ def calls(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
             while words and (words[0] == "sudo" or re.match(r"\w+=", words[0])):
                 words = words[1:]
             name = Path(words[0]).name if words else ""
+            if name in ("docker", "podman") and "entrepot" in words:
+                words = words[: words.index("entrepot")]  # what follows is a call in the container
             if name in PROGRAMS:
                 command = (name, *words[1 : 1 + PROGRAMS[name]])
                 yield from (

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPSConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -170,7 +171,8 @@ def test_pull_and_push(site: Site, home: Path, before: Before, pushed: Images) -
 
 def test_places_and_ranges(site: Site, before: Before) -> None:
     content = bytes(range(256)) * 4096
-    with closing(before(site.port).connect()) as connection:
+    proxy = before(site.port)
+    with closing(proxy.connect()) as connection:
 
         def ask(
             method: str, target: str, body: bytes = b"", **headers: str
@@ -179,10 +181,13 @@ def test_places_and_ranges(site: Site, before: Before) -> None:
             response = connection.getresponse()
             return response.status, dict(response.headers), response.read()
 
-        status, headers, _ = ask("POST", "/v2/local/team/app/blobs/uploads/")
+        uploads = "/v2/local/team/app/blobs/uploads/"
+        status, headers, _ = ask("POST", uploads)  # a client that gives no name of its own
+        assert (status, urlsplit(headers["Location"])[:2]) == (202, ("https", proxy.address))
+        status, headers, _ = ask("POST", uploads, **{"User-Agent": "docker/28.1"})
         assert status == 202
         place = headers["Location"]
-        assert place.startswith("/v2/local/team/app/blobs/uploads/")  # relative: right behind any name
+        assert place.startswith(uploads)  # relative: right behind any name
         joint = "&" if "?" in place else "?"
         status, headers, _ = ask("PUT", f"{place}{joint}digest={digest_of(content)}", content)
         assert (status, headers["Location"]) == (201, f"/v2/local/team/app/blobs/{digest_of(content)}")

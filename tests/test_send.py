@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trustme
@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from proxy.telemetry.metrics import Metrics
-from proxy.web import send
+from proxy.web import kernel_tls, send
 from proxy.web.listener import ConnectionLimits, Listener
 from proxy.web.ranges import Range, parse_ranges, satisfy
 from proxy.web.server import DistributionAPI
+from proxy.web.tls import Certificates
+from proxy.web.tls_listener import PlainSite, TLSSite
 from storage.disk.blobs import BlobFiles
 from storage.disk.uploads import FileBlob
 from storage.errors import OriginFailed, RangeInvalid, StorageFailed
@@ -146,11 +148,14 @@ def test_what_is_known_of_a_range_before_the_size(each: Range, span: Span | None
 # Through the whole server
 
 
-@pytest.fixture(params=["http", "https"])
-def serve(request: pytest.FixtureRequest, serve: Serve, identity: dict[str, str]) -> Serve:
+@pytest.fixture(params=["http", "https", "https on the socket"])
+def serve(
+    request: pytest.FixtureRequest, serve: Serve, identity: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Serve:
     """By TLS as in plain: it makes no difference to a client."""
     if request.param == "http":
         return serve
+    monkeypatch.setattr(kernel_tls, "is_offered", lambda: request.param != "https")
 
     async def encrypted(upstream: Upstream | str, *, top: dict[str, Any] | None = None, **more: Any) -> Site:
         return await serve(upstream, top={"tls": identity, **(top or {})}, **more)
@@ -433,9 +438,13 @@ async def over() -> AsyncIterator[Over]:
         listening = socket.create_server(("127.0.0.1", 0))
         if buffer:  # those that are accepted have it as well
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-        await web.SockSite(runner, listening, ssl_context=tls).start()
-        host, port = runner.addresses[0]
-        return f"http://{host}:{port}"
+        listening.setblocking(False)
+        certificates = cast(Certificates, SimpleNamespace(context=lambda: tls))
+        site = PlainSite(runner, listening)
+        if tls is not None:
+            site = TLSSite(runner, listening, certificates, handshake=20.0, goodbye=5.0)
+        await site.start()
+        return site.name.replace("https", "http")
 
     yield start
     for runner in runners:
@@ -452,10 +461,11 @@ async def files(tmp_path: Path) -> Any:
     return found
 
 
-@pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+@pytest.fixture(scope="module", params=[0, kernel_tls.OP_ENABLE_KTLS], ids=["asyncio", "socket"])
+def contexts(request: pytest.FixtureRequest) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     authority = trustme.CA()
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.options |= request.param
     authority.issue_cert("127.0.0.1").configure_cert(server)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which loads no authorities: that takes 20 ms
     authority.configure_trust(client)

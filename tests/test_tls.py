@@ -28,6 +28,7 @@ from yarl import URL
 
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS
+from proxy.web import kernel_tls
 from proxy.web.listener import Connection, ConnectionLimits, Listener
 from proxy.web.tls import SETTLING, Certificates, expiry, pinned
 from proxy.web.tls_listener import TLSSite
@@ -300,8 +301,10 @@ class Gate:
 Open = Callable[..., Awaitable[Gate]]
 
 
-@pytest.fixture
-async def opened() -> AsyncIterator[Open]:
+@pytest.fixture(params=["asyncio", "socket"])
+async def opened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Open]:
+    """With either transport.  On the socket, the kernel encrypts if it can."""
+    monkeypatch.setattr(kernel_tls, "is_offered", lambda: request.param == "socket")
     runners = []
 
     async def start(tls: TLS, clock: Clock | None = None, **limits: Any) -> Gate:

@@ -53,12 +53,12 @@ class ClientSSLObject(ssl.SSLObject):
             tell(certificate)
 
 
-def refused(handshake: ssl.SSLObject, error: ssl.SSLError) -> ssl.SSLError:
+def refused(handshake: ssl.SSLObject | ssl.SSLSocket, error: ssl.SSLError) -> ssl.SSLError:
     """The error of a handshake; if it refuses a certificate, with what the peer has sent."""
     if not isinstance(error, ssl.SSLCertVerificationError):
         return error
     # The public method of Python 3.13 returns DER, which the standard library does not decode.
-    sent = handshake._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
+    sent = handshake._sslobj.get_unverified_chain()  # type: ignore[union-attr]
     return CertificateRefused(error, [each.get_info() for each in sent or ()])
 
 

@@ -197,6 +197,7 @@ class _Sender:
             self._exchange.bytes += span.stop - span.start
             return
         encrypted = transport.get_extra_info("sslcontext") is not None
+        encrypted = encrypted and not transport.get_extra_info("kernel_tls")
         # What the transport still buffers, such as the headers, must be sent before bytes bypass it.  With
         # TLS it should buffer little; with a limit of 0 bytes, asyncio's TLS considers an empty buffer full.
         transport.set_write_buffer_limits(high=1 if encrypted else 0)

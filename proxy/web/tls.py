@@ -24,6 +24,7 @@ from proxy.config.errors import StartError
 from proxy.config.schema import TLS
 from proxy.connections.failures import explain_client, file_fault
 from proxy.connections.trust import ClientSSLObject, refused
+from proxy.web import kernel_tls
 
 log = structlog.get_logger()
 
@@ -111,6 +112,8 @@ class Certificates:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = _VERSIONS[settings.minimum]
         context.options |= ssl.OP_NO_RENEGOTIATION
+        if settings.kernel and kernel_tls.is_offered():
+            context.options |= kernel_tls.OP_ENABLE_KTLS
         context.sslobject_class = AlertingSSLObject
         context.set_alpn_protocols(["http/1.1"])
         expires = expiry(_first(settings.certificate))
@@ -161,9 +164,14 @@ class AlertingSSLObject(ssl.SSLObject):
             raise
         except ssl.SSLError as error:
             self.failure = error
-            cause = explain_client(refused(self, error))
-            log.info("handshake.failed", client=client_address.get(), error=cause)
+            log_failure(self, error)
             raise ssl.SSLWantReadError from error
+
+
+def log_failure(handshake: ssl.SSLObject | ssl.SSLSocket, error: ssl.SSLError) -> None:
+    """Log why the handshake with the client of this context fails."""
+    cause = explain_client(refused(handshake, error))
+    log.info("handshake.failed", client=client_address.get(), error=cause)
 
 
 def pinned(certificate: Path) -> ssl.SSLContext:

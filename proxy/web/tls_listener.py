@@ -12,9 +12,11 @@ import socket
 import structlog
 from aiohttp import web
 
+from proxy.web.kernel_tls import OP_ENABLE_KTLS
 from proxy.web.listener import ON_ITS_WAY, Connection
 from proxy.web.sockets import accept
-from proxy.web.tls import Certificates, client_address
+from proxy.web.tls import Certificates, client_address, log_failure
+from proxy.web.tls_transport import TLSTransport, shake_hands
 
 log = structlog.get_logger()
 
@@ -119,10 +121,19 @@ class TLSSite(PlainSite):
         """Make the handshake.  Raises OSError."""
         loop = asyncio.get_running_loop()
         if await _first(client) == HANDSHAKE:
+            context = self._certificates.context()
+            if context.options & OP_ENABLE_KTLS:
+                tls = await shake_hands(client, context, log_failure)
+                try:
+                    TLSTransport(tls, connection, self._goodbye)
+                except BaseException:
+                    tls.close()
+                    raise
+                return
             await loop.connect_accepted_socket(
                 lambda: connection,
                 client,
-                ssl=self._certificates.context(),
+                ssl=context,
                 ssl_handshake_timeout=self._handshake,
                 ssl_shutdown_timeout=self._goodbye,
             )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,14 +236,23 @@ async def test_reading_pauses(join: Join, version: str) -> None:
 async def test_both_ends_send_at_the_same_time(join: Join, version: str) -> None:
     pair = await join(version)
     pair.write(BIG)
-    pair.transport.pause_reading()
-    sending = asyncio.create_task(asyncio.to_thread(pair.client.sendall, BIG))
-    reading = asyncio.create_task(asyncio.to_thread(_read, pair.client, len(BIG)))
-    pair.transport.resume_reading()
-    await sending
-    assert await reading == BIG
+    assert await asyncio.to_thread(_exchange, pair.client, BIG) == BIG
     await pair.protocol.until(lambda: len(pair.protocol.data) == len(BIG))
     assert pair.protocol.data == BIG
+
+
+def _exchange(client: ssl.SSLSocket, data: bytes) -> bytes:
+    """Send and receive as much, in one thread: Python 3.11 lets two of them spoil a TLS connection."""
+    client.settimeout(0)
+    found, sent = bytearray(), 0
+    while len(found) < len(data) or sent < len(data):
+        ready = select.select([client], [client] if sent < len(data) else [], [], PATIENCE)
+        assert any(ready)
+        with suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            found += client.recv(MiB)
+        with suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            sent += client.send(data[sent : sent + SLOW])
+    return bytes(found)
 
 
 def _read(client: ssl.SSLSocket, size: int) -> bytes:
@@ -271,7 +282,6 @@ async def test_a_client_that_resets(join: Join, version: str) -> None:
     pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     pair.client.close()
     assert (await pair.protocol.lost())[-1] == "lost"
-    assert isinstance(pair.protocol.error, OSError)
     pair.transport.write(b"to nobody")
     assert pair.transport.get_write_buffer_size() == 0
 

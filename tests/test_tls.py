@@ -127,6 +127,16 @@ def test_authorities_that_are_none(authority: Authority, tmp_path: Path, text: s
     Certificates(files, clients=False)
 
 
+@pytest.mark.parametrize("offered", [False, True])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_when_the_kernel_may_encrypt(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, offered: bool, kernel: bool
+) -> None:
+    monkeypatch.setattr(kernel_tls, "is_offered", lambda: offered)
+    context = Certificates(settings(authority.issue("server"), kernel=kernel)).context()
+    assert bool(context.options & kernel_tls.OP_ENABLE_KTLS) is (offered and kernel)
+
+
 def test_a_key_may_be_in_the_file_of_its_certificate(authority: Authority, tmp_path: Path) -> None:
     files = authority.issue("server")
     both = tmp_path / "both.pem"

@@ -158,7 +158,7 @@ def serve(
     monkeypatch.setattr(kernel_tls, "is_offered", lambda: request.param != "https")
 
     async def encrypted(upstream: Upstream | str, *, top: dict[str, Any] | None = None, **more: Any) -> Site:
-        return await serve(upstream, top={"tls": identity, **(top or {})}, **more)
+        return await serve(upstream, top={"tls": {**identity, "kernel": True}, **(top or {})}, **more)
 
     return encrypted
 

@@ -51,7 +51,7 @@ def authority(tmp_path: Path) -> Authority:
 
 
 def settings(files: dict[str, str], **more: Any) -> TLS:
-    return TLS(certificate=Path(files["certificate"]), key=Path(files["key"]), **more)
+    return TLS(certificate=Path(files["certificate"]), key=Path(files["key"]), **{"kernel": True, **more})
 
 
 def told(events: LogCapture) -> list[str]:

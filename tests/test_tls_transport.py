@@ -427,6 +427,17 @@ async def test_a_client_whose_handshake_failed_is_not_waited_for(
 
 # Where the kernel encrypts
 
+
+@pytest.mark.parametrize(("text", "offered"), [(None, False), ("mptcp\n", False), ("mptcp tls\n", True)])
+def test_whether_the_kernel_offers_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, offered: bool
+) -> None:
+    monkeypatch.setattr(kernel_tls, "_PROTOCOLS", tmp_path / "ulp")
+    if text is not None:
+        (tmp_path / "ulp").write_text(text)
+    assert kernel_tls.is_offered() is offered
+
+
 Statistics = Callable[[], dict[str, int]]
 
 

@@ -270,7 +270,7 @@ class TLS(Section, frozen=True):
     minimum: Annotated[str, parse_version] = "1.2"
     client_ca: File | None = None
     client_certificate: Literal["optional", "required"] | None = None
-    kernel: Flag = True
+    kernel: Flag = False
 
     def __post_init__(self) -> None:
         if self.client_certificate and not self.client_ca:

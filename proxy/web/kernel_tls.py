@@ -19,7 +19,7 @@ _INFO = 4  # bytes of struct tls_crypto_info: version and cipher
 def is_offered() -> bool:
     """Whether the kernel has it now: it loads the module by itself for processes with CAP_NET_ADMIN alone."""
     try:
-        return "tls" in _PROTOCOLS.read_text().split()
+        return ssl.OPENSSL_VERSION_INFO >= (3,) and "tls" in _PROTOCOLS.read_text().split()
     except OSError:
         return False
 

@@ -3,8 +3,8 @@
 web.FileResponse does not fit: it answers an evicted file with an empty 404, several ranges with 416, and sets
 its own ETag.  loop.sendfile would serve complete files, but does not report progress.  So the socket is
 duplicated, and os.sendfile is called whenever the socket is writable, again and again while the client keeps
-up: the event loop costs more than the call.  With TLS the bytes have to pass through this process: they are
-read and written piece by piece.
+up: the event loop costs more than the call.  With TLS the bytes have to pass through this process, unless the
+kernel encrypts: they are read and written piece by piece.
 """
 
 from __future__ import annotations

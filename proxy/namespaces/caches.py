@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -37,13 +38,15 @@ from proxy.upstream.failover import Failover
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.peers import Owners, Peers
 from proxy.upstream.requests import UpstreamSettings
-from proxy.webhooks.publisher import Publisher
 from storage.errors import Unavailable
 from storage.limits import RateLimit
 from storage.oci import Digest, NameGrammar, Tag
 from storage.registry import Moved, Registry
 from storage.shared import SharedState
 from storage.store import Store
+
+if TYPE_CHECKING:  # only a server with webhooks imports them
+    from proxy.webhooks.publisher import Publisher
 
 log = structlog.get_logger()
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from proxy.cache.cache import Cache
 from proxy.cache.copies import BlobCopies
@@ -40,8 +41,6 @@ from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.fleet import fleet_of
 from proxy.upstream.listing_memory import ListingMemory
 from proxy.upstream.peers import Peers
-from proxy.webhooks.publisher import Publisher
-from proxy.webhooks.queue import Queue
 from storage.disk.blobs import BlobFiles
 from storage.disk.format import take_over
 from storage.disk.health import DiskHealth, may_pass
@@ -55,6 +54,10 @@ from storage.maintenance.usage import Usage
 from storage.registry import Moved
 from storage.shared import SharedState
 from storage.store import Store
+
+if TYPE_CHECKING:  # only a server with webhooks imports them
+    from proxy.webhooks.publisher import Publisher
+    from proxy.webhooks.queue import Queue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,6 +321,9 @@ class _Composer:
         webhooks, root = self._config.webhooks, self._config.disk.path / "events"
         if not webhooks:
             return None, None
+        from proxy.webhooks.publisher import Publisher
+        from proxy.webhooks.queue import Queue
+
         disk = DiskHealth(root, self._clock, self._troubles)
         self._disks.append(disk)
         queue = Queue(SQLiteRecords(root / "records", self._clock, disk, durable=True), self._clock)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
-from proxy.webhooks.publisher import Publisher
 from storage.maintenance.eviction import EvictionRules
 from storage.maintenance.pins import Pins
 from storage.maintenance.retention import ExpiredTag, KeepTags, RetentionRules
+
+if TYPE_CHECKING:  # only a server with webhooks imports them
+    from proxy.webhooks.publisher import Publisher
 
 
 def eviction_rules(config: Config) -> EvictionRules:

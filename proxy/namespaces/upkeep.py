@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from proxy.cache.keep_fresh import Freshener
 from proxy.cache.shared_store import SharedStore
@@ -12,7 +13,6 @@ from proxy.config.schema import Config
 from proxy.namespaces.retention import deletions, eviction_rules, retention_rules
 from proxy.namespaces.routing import Namespaces
 from proxy.telemetry.metrics import Metrics
-from proxy.webhooks.publisher import Publisher
 from storage.maintenance.collection import Collection, CollectionReport
 from storage.maintenance.counting import Counting
 from storage.maintenance.eviction import Eviction, EvictionReport
@@ -21,6 +21,9 @@ from storage.maintenance.pins import PinnedContent, Pins
 from storage.maintenance.scrub import Scrub
 from storage.maintenance.shared_uses import SharedUses
 from storage.store import Store
+
+if TYPE_CHECKING:  # only a server with webhooks imports them
+    from proxy.webhooks.publisher import Publisher
 
 SCRUBBED = ("cache", "private")  # stores, as metrics name them
 

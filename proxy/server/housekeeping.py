@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,13 +21,15 @@ from proxy.admin.warm import Warmer
 from proxy.admin.warm_schedule import Schedule
 from proxy.config.schema import Config
 from proxy.namespaces.composition import Composition
-from proxy.webhooks.delivery import Dispatcher
 from storage.concurrency import Cancelled, run_in_thread
 from storage.errors import RegistryError, StorageFailed
 from storage.keys import LINK
 from storage.oci import Digest
 from storage.records import Records
 from storage.totals import Totals
+
+if TYPE_CHECKING:  # only a server with webhooks imports them
+    from proxy.webhooks.delivery import Dispatcher
 
 log = structlog.get_logger()
 

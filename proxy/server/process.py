@@ -53,12 +53,12 @@ from proxy.web.sockets import Sockets, bind_all, stop_accepting
 from proxy.web.tls import Certificates
 from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
-from proxy.webhooks.delivery import Dispatcher
 from storage.maintenance.resolutions import ResolutionJournal
 from storage.shared import SharedState
 
-if TYPE_CHECKING:  # it needs a library for tokens
+if TYPE_CHECKING:  # only servers whose configuration needs them import them
     from proxy.access.token_exchange import TokenExchange
+    from proxy.webhooks.delivery import Dispatcher
 
 log = structlog.get_logger()
 
@@ -185,15 +185,12 @@ class ServerProcess:
         config, parts = self._config, self.composition
         if parts.queue is None:
             return None
+        from proxy.webhooks.delivery import Dispatcher
+
         parts.extensions.load("event_sink")
+        port, metrics, clock = config.listen.port, parts.metrics, parts.clock
         return Dispatcher(
-            config.webhooks,
-            parts.queue,
-            config.listen.port,
-            parts.metrics,
-            parts.clock,
-            self._run,
-            extensions=parts.extensions,
+            config.webhooks, parts.queue, port, metrics, clock, self._run, extensions=parts.extensions
         )
 
     def _run_in_background(self, work: Coroutine[None, None, None]) -> None:

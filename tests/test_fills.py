@@ -687,6 +687,16 @@ async def test_progress_starts_the_count_of_failures_again(rig: Rig, upstream: U
     assert len(upstream.log) == 16
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_fill_that_is_refused_what_is_missing_asks_again(
+    rig: Rig, upstream: Upstream, status: int
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.next("GET", digest, Truncate(after=50_000))
+    upstream.next("GET", digest, Status(status), times=4)
+    assert await rig.read((await rig.fills.join(rig.source, digest)).value) == BODY
+
+
 @pytest.mark.parametrize("refused", [404, 403, 429, 500])
 async def test_who_is_refused_is_told_and_nothing_is_left(
     rig: Rig, upstream: Upstream, refused: int, events: LogCapture

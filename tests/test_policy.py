@@ -520,7 +520,7 @@ async def test_failure_after_200_when_the_upstream_is_gone(serve: Serve, upstrea
     digest = upstream.blob("a/b", BODY)
     site = await serve(upstream)
     upstream.next("GET", digest, Truncate(after=1000))
-    upstream.next("GET", digest, Status(404), times=9)
+    upstream.next("GET", digest, Status(404), times=99)
     async with site.request("GET", f"/v2/a/b/blobs/{digest}") as response:
         with pytest.raises((aiohttp.ClientError, ConnectionError)):
             await response.read()

@@ -129,10 +129,13 @@ class Fetcher:
                     raise
                 # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
                 await self._transfers.renew(error)
-            except Unavailable as error:
+            except (Unavailable, BlobUnknown, NameUnknown, Denied) as error:
+                # Some origins refuse more transfers than they like with any status.
                 offset = self._transfers.upload.offset
                 failures = 0 if offset > before else failures + 1
-                if failures > RETRIES or not await self._promised():
+                if failures > RETRIES or not (isinstance(error, Unavailable) or offset):
+                    raise
+                if not await self._promised():
                     raise
                 self._whole = failures >= WHOLE
                 self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))

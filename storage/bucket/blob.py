@@ -88,7 +88,7 @@ class BucketBlob(Blob):
         begun, self._begun = self._begun, None
         ours = begun is not None and begun[0] == start and begun[1] >= stop
         if ours and self._signed is not None:
-            with suppress(OriginFailed, OriginTimeout):  # then it goes on from where it broke off
+            with suppress(OriginFailed, OriginTimeout):  # then it continues from where it broke off
                 async for piece in _gathered(self._signed.chunks(start, stop), size):
                     start += len(piece)
                     yield piece

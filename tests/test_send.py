@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from proxy.cache import fetcher
 from proxy.telemetry.metrics import Metrics
 from proxy.web import kernel_tls, send
 from proxy.web.listener import ConnectionLimits, Listener
@@ -328,7 +329,10 @@ async def test_wrong_bytes_are_cut_never_ended(
 
 
 @pytest.mark.errors("fill.failed")
-async def test_what_upstream_never_finishes_is_cut(serve: Serve, upstream: Upstream) -> None:
+async def test_what_upstream_never_finishes_is_cut(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetcher, "RETRIES", 0)
     digest = upstream.blob("library/alpine", BIG)
     upstream.next("GET", digest, Truncate(after=MiB))
     gate = asyncio.Event()

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.policy import verification
+from proxy.policy import rules
 from proxy.policy.condition import Condition, Evidence, Subject
 from proxy.policy.graph import ReachedContent
 from proxy.policy.policed import PolicedRegistry
@@ -339,7 +339,7 @@ def condition(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allowing]:
     def conditions_of(rule: Any, *_: Any) -> tuple[Condition, ...]:
         return (found,) if rule.name == "signed" else ()
 
-    monkeypatch.setattr(verification, "conditions_of", conditions_of)
+    monkeypatch.setattr(rules, "conditions_of", conditions_of)
     yield found
 
 

@@ -28,7 +28,7 @@ VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 class Noted(asyncio.Protocol):
-    """Notes what it is told."""
+    """Keeps a record of the calls of its transport."""
 
     def __init__(self) -> None:
         self.told: list[str] = []

@@ -29,6 +29,7 @@ from storage.oci import Descriptor, Span
 HEARING = 0.1  # seconds between two looks at what other processes want
 LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
 RETRIES = 4  # in a row without progress
+_REFUSALS = (Unavailable, BlobUnknown, NameUnknown, Denied)
 WHOLE = 3  # failures after which all of a blob is asked for: the origin may refuse ranges alone
 
 
@@ -96,7 +97,7 @@ class Fetcher:
             return True
         try:
             await self._run()
-        except (Unavailable, BlobUnknown, NameUnknown, Denied) as error:
+        except _REFUSALS as error:
             if not self._fill.started.done() or (self._rest.demanded and self._rest.promised):
                 raise
             self._rest.postpone(error)
@@ -129,13 +130,12 @@ class Fetcher:
                     raise
                 # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
                 await self._transfers.renew(error)
-            except (Unavailable, BlobUnknown, NameUnknown, Denied) as error:
+            except _REFUSALS as error:
                 # Some origins refuse more transfers than they like with any status.
                 offset = self._transfers.upload.offset
                 failures = 0 if offset > before else failures + 1
-                if failures > RETRIES or not (isinstance(error, Unavailable) or offset):
-                    raise
-                if not await self._promised():
+                begun = isinstance(error, Unavailable) or offset > 0
+                if failures > RETRIES or not begun or not await self._promised():
                     raise
                 self._whole = failures >= WHOLE
                 self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))

@@ -77,18 +77,15 @@ def _top_keys() -> frozenset[str]:
 
 def _with_more_underscores(variable: str) -> str | None:
     """The variable of the key that this one would name if some of its underscores were two."""
-    for pattern, form in _inner_keys():
-        if found := pattern.fullmatch(variable):
-            return form.format(*found.groups())
+    for field in msgspec.structs.fields(Config):
+        section = field.encode_name.upper()
+        if not variable.startswith(f"{section}_"):
+            continue
+        for key in _variables(field.type):
+            form = f"{section}__{key}"
+            if found := re.fullmatch(form.replace("__", "_").replace("{}", "(.+)"), variable):
+                return form.format(*found.groups())
     return None
-
-
-@cache
-def _inner_keys() -> list[tuple[re.Pattern[str], str]]:
-    """Each key within a section: its variable with single underscores, and a format for the right one."""
-    forms = [form for form in _variables(Config) if "__" in form]
-    names = ((form, form.replace("__", "_").replace("{}", "(.+)")) for form in forms)
-    return [(re.compile(name), form) for form, name in names]
 
 
 def _variables(kind: Any) -> Iterator[str]:

@@ -135,7 +135,16 @@ def shared_caches(
     try:
         disk = DiskHealth(root, clock, troubles)
         blobs = bucket_blobs(
-            config, records, root, disk, clock, troubles, CACHES, PATIENCE, None, extensions, reader
+            config,
+            records,
+            root,
+            disk,
+            clock,
+            troubles,
+            CACHES,
+            PATIENCE,
+            extensions=extensions,
+            reader=reader,
         )
     except BaseException:
         records.close()

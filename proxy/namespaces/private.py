@@ -65,7 +65,9 @@ def private_store(
     shared = is_shared(config, troubles)
     if not shared and (config.shared.bucket or config.shared.records):
         log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
-    opened = engine(config, shared, clock, troubles, True, copies, extensions, reader)
+    opened = engine(
+        config, shared, clock, troubles, guarded=True, copies=copies, extensions=extensions, reader=reader
+    )
     try:
         if shared:
             with suppress(StorageFailed):  # of a database that cannot be asked now
@@ -173,9 +175,10 @@ def engine(
         records = SQLiteRecords(root / "records", clock, disk, durable=True)
     if guarded:
         records = GuardedRecords(records, kind, clock)
+    in_a_bucket = partial(bucket_blobs, copies=copies, extensions=extensions, reader=reader)
     try:
         content: BlobContent = (
-            bucket_blobs(config, records, root, disk, clock, troubles, "", None, copies, extensions, reader)
+            in_a_bucket(config, records, root, disk, clock, troubles)
             if in_bucket
             else BlobFiles(root, clock, disk, private=True)
         )

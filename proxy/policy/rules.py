@@ -9,6 +9,8 @@ from functools import lru_cache
 from proxy.config.policy import NamePattern, NameVerdict, PolicyConfig, PolicyMode, PolicyRule
 from proxy.extensions.extension import Extensions
 from proxy.policy.condition import Condition
+from proxy.policy.signers import signers_of
+from proxy.policy.verification import Unjudged, conditions_of
 
 ALLOW_LIST = "allow_list"  # the rule, by name, that refuses what no rule of an allow-list allows
 
@@ -104,11 +106,6 @@ class RuleBook:
 def _rules(
     policy: PolicyConfig, clock: Callable[[], float] | None, extensions: Extensions
 ) -> Iterator[ServingRule]:
-    if not (policy.rules or policy.signers):
-        return
-    from proxy.policy.signers import signers_of  # they import a library for signatures, which takes 40 ms
-    from proxy.policy.verification import Unjudged, conditions_of
-
     signers = {} if clock is None else signers_of(policy.signers)
     for each in policy.rules:
         demands = each.signers or each.locked is not None or each.conditions

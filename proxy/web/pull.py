@@ -75,7 +75,7 @@ class Pull:
                 return empty(304, headers)
             if size >= 0:
                 headers["Content-Length"] = str(size)
-            headers.update(_own_location(request, route, exchange))
+            headers.update(_own_location(route, exchange))
             return empty(200, headers)
         ranges = _ranges(request, digest)
         if (url := await self._elsewhere(request, name, digest, ranges, exchange)) is not None:
@@ -89,7 +89,7 @@ class Pull:
             await blob.prepare(spans)
             headers.update(cache_headers(exchange))
             if not spans:
-                headers.update(_own_location(request, route, exchange))
+                headers.update(_own_location(route, exchange))
             return await send_blob(request, blob, spans, headers, exchange, self._turns, self._client_timeout)
         finally:
             await blob.close()
@@ -271,12 +271,12 @@ def _blob_headers(digest: Digest, exchange: Exchange) -> dict[str, str]:
     }
 
 
-def _own_location(request: web.BaseRequest, route: Route, exchange: Exchange) -> dict[str, str]:
+def _own_location(route: Route, exchange: Exchange) -> dict[str, str]:
     """A Location with which Ollama asks for ranges: it expects a redirect, and fails at a 200 without one.
 
     Other clients get none: some follow it, whatever the status, and end in a loop.
     """
-    ollama = request.headers.get("User-Agent", "").startswith("ollama")
+    ollama = (exchange.agent or "").startswith("ollama")
     return {"Location": build_location(route, exchange.ns)} if ollama else {}
 
 

@@ -51,6 +51,8 @@ from storage.oci import (
 from storage.registry import Registry, Upload
 
 _CONTENT_RANGE = re.compile(r"(?:bytes )?([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]+|\*))?")
+# The User-Agent of programs that give no name of their own; npm's request sends none.
+_NAMELESS = ("Go-http-client/", "python-requests/")
 
 Write = Callable[[bytes], Awaitable[None]]
 # Returns the full name of a repository, as the client of a request names it.
@@ -345,7 +347,7 @@ class Push:
         return {
             **COMMON,
             **cache_headers(exchange),
-            "Location": location if _resolves(request, url) else url,
+            "Location": location if _resolves(exchange, url) else url,
             # Ollama takes this one first, and does not resolve it.
             "Docker-Upload-Location": url,
             # Also for an empty upload: the header cannot express an empty range, and clients expect this one.
@@ -364,18 +366,13 @@ class Push:
         return empty(202, {**COMMON, **cache_headers(exchange), "Content-Length": "0"})
 
 
-# The User-Agent of programs that give no name of their own; npm's request sends none.
-_NAMELESS = ("Go-http-client/", "python-requests/")
-
-
-def _resolves(request: web.BaseRequest, url: str) -> bool:
+def _resolves(exchange: Exchange, url: str) -> bool:
     """Whether this client may get a relative Location, which is the right one behind any proxy.
 
     Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.
     Where the scheme of `url` is not https, a proxy that does not say so may be in front.
     """
-    agent = request.headers.get("User-Agent", "")
-    nameless = not agent or agent.startswith(_NAMELESS)
+    nameless = not exchange.agent or exchange.agent.startswith(_NAMELESS)
     return not (nameless and url.startswith("https:"))
 
 

@@ -42,7 +42,7 @@ class FakeBucket:
     """A server with one bucket, `bucket`.
 
     objects: the content by key, without `markers`, which name the owner and are not in `asked`
-    uploads: the parts of the unfinished ones by their id
+    uploads: the parts of the unfinished ones by their id; `keys` has their keys
     asked: method and key, with the range or the query, of each request; not the query that signs it
     signed: how many of them were for signed URLs
     spoilt: what answers the next requests of a method; `down` answers all of them
@@ -51,6 +51,7 @@ class FakeBucket:
     objects: dict[str, bytes] = field(default_factory=dict)
     markers: dict[str, bytes] = field(default_factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     spoilt: dict[str, list[Spoil]] = field(default_factory=dict)
     down: Spoil | None = None
@@ -136,7 +137,7 @@ class FakeBucket:
     async def _post(self, request: web.Request, key: str) -> web.Response:
         if "uploads" in request.query:
             number = str(next(self._ids))
-            self.uploads[number] = {}
+            self.uploads[number], self.keys[number] = {}, key
             made = f"<UploadId>{number}</UploadId>"
             return _xml(f"<InitiateMultipartUploadResult>{made}</InitiateMultipartUploadResult>")
         if "delete" in request.query:
@@ -164,7 +165,18 @@ class FakeBucket:
     async def _head(self, request: web.Request, key: str) -> web.StreamResponse:
         return await self._get(request, key)
 
+    def _unfinished(self, prefix: str) -> web.Response:
+        listed = "".join(
+            f"<Upload><Key>{self.keys[id]}</Key><UploadId>{id}</UploadId></Upload>"
+            for id in self.uploads
+            if self.keys[id].startswith(prefix)
+        )
+        namespace = "http://s3.amazonaws.com/doc/2006-03-01/"
+        return _xml(f'<ListMultipartUploadsResult xmlns="{namespace}">{listed}</ListMultipartUploadsResult>')
+
     async def _get(self, request: web.Request, key: str) -> web.StreamResponse:
+        if "uploads" in request.query:
+            return self._unfinished(request.query["prefix"])
         if (content := self.objects.get(key)) is None:
             return _error(404, "NoSuchKey")
         headers = {"ETag": '"e"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}

@@ -30,14 +30,49 @@ async def fake(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeBucket]:
 
 async def look(fake: FakeBucket) -> Check:
     endpoint, key = f"http://127.0.0.1:{fake.port}", Secret("a")
-    found, *clocks = await bucket.check(
+    found, *others = await bucket.check(
         SharedConfig(bucket="s3://bucket/x", endpoint=endpoint, access_key=key, secret_key=key)
     )
     assert (found.name, found.subject) == ("bucket", "s3://bucket/x")
+    clocks = [each for each in others if each.name == "clock"]
     # The objects of this bucket were made long ago.
     assert [(each.name, each.state) for each in clocks] == [("clock", "warning")] * (found.state != "failed")
     assert all("behind" in each.message for each in clocks)
     return found
+
+
+async def parts(fake: FakeBucket, keys: bool = True) -> Check:
+    """What is found of the parts of interrupted uploads."""
+    endpoint, key = f"http://127.0.0.1:{fake.port}", Secret("a") if keys else None
+    given = {"endpoint": endpoint, "access_key": key, "secret_key": key}
+    checks = await bucket.check(SharedConfig(bucket="s3://bucket/x", **given))
+    return next(each for each in checks if "parts of interrupted uploads" in each.message)
+
+
+async def test_who_removes_the_parts_of_interrupted_uploads(
+    fake: FakeBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = await parts(fake)
+    assert (found.state, found.message.endswith("are removed after a day")) == ("ok", True)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    found = await parts(fake, keys=False)
+    assert (found.state, found.message.endswith("are removed after a day")) == ("ok", True)
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{fake.port}")  # not for http
+    found = await parts(fake)
+    assert (found.state, "cannot remove" in found.message, "lifecycle" in found.message) == ("ok", True, True)
+
+
+async def test_uploads_that_may_not_be_listed_are_a_warning(fake: FakeBucket) -> None:
+    async def get(request: web.Request) -> web.StreamResponse:
+        return await fake._get(request, request.path.removeprefix("/bucket/"))
+
+    # Three objects are read, and one that is missing; then uploads are listed.
+    fake.spoilt["GET"] = [get, get, get, get, answer(403, "AccessDenied")]
+    found = await parts(fake)
+    assert (found.state, "refuses access" in found.message) == ("warning", True)
+    assert "s3:ListBucketMultipartUploads" in found.advice
+    assert "lifecycle rule" in found.advice
 
 
 async def test_a_bucket_that_is_well(fake: FakeBucket) -> None:
@@ -53,7 +88,8 @@ async def test_a_bucket_that_is_well(fake: FakeBucket) -> None:
 async def test_the_condition_of_a_put_is_met(fake: FakeBucket) -> None:
     assert "if there is none" in (await look(fake)).message
     last = [each.partition(" ")[0] for each in fake.asked]
-    assert last[-6:-1] == ["PUT", "PUT", "GET", "POST", "HEAD"]  # put, refused, compared, deleted, looked at
+    # Put, refused, compared, deleted, looked at; then its uploads are listed.
+    assert last[-7:-2] == ["PUT", "PUT", "GET", "POST", "HEAD"]
 
 
 @pytest.mark.parametrize("fault", ["careless", "not implemented"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from proxy.config.shared import SharedConfig
 from proxy.connections.failures import reason
 from proxy.doctor.checks import Check, check_skew, failed, ok, warning
-from storage.bucket.failures import BucketFailed
+from storage.bucket.failures import BucketFailed, explain
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed, Unavailable
 from storage.keys import IDENTITY
@@ -42,6 +42,9 @@ UNCONDITIONAL = "it replaces objects that are to be put only if there is none"
 ALONE = (
     "give each registry a prefix of its own: of two that use one for the first time at the same moment, both"
     " may take it for theirs, and one refuses pushes later; all else works"
+)
+LIFECYCLE = (
+    "let a lifecycle rule of the bucket abort incomplete uploads after a day (AbortIncompleteMultipartUpload)"
 )
 
 
@@ -71,11 +74,33 @@ async def check(shared: SharedConfig, private: Path | None = None) -> list[Check
     )
     if not probe.conditional:
         rights = warning("bucket", shared.bucket, UNCONDITIONAL, ALONE)
-    found = [rights, *skew]
+    found = [rights, *skew, await asyncio.to_thread(_interrupted, shared)]
     if private is not None and await asyncio.to_thread(_is_foreign, shared, private):
         advice = "use those records, or another prefix; if they are lost, delete its object entrepot"
         found.append(failed("bucket", shared.bucket, "it belongs to other records", advice))
     return found
+
+
+def _interrupted(shared: SharedConfig) -> Check:
+    """Who removes the parts of an upload whose writer has died."""
+    from storage.bucket.signed_requests import BucketRefused, signed_requests
+
+    settings, name = shared.settings(), str(shared.bucket)
+    if name.startswith("az:"):
+        return ok("bucket", name, "the service removes the parts of interrupted uploads after a week")
+    requests = signed_requests(settings, settings.connect())
+    if requests is None:
+        why = "its keys are not set, or a proxy is" if name.startswith("s3:") else "it is Google's"
+        return ok(
+            "bucket", name, f"the server cannot remove the parts of interrupted uploads ({why}): {LIFECYCLE}"
+        )
+    try:
+        requests.unfinished("doctor/parts")
+    except (BucketRefused, OSError) as error:
+        failure = explain(error, "abort", "doctor/parts")
+        message = f"the parts of interrupted uploads stay: the bucket {failure.cause}: {failure.detail}"
+        return warning("bucket", name, message, f"{failure.advice}, or {LIFECYCLE}")
+    return ok("bucket", name, "the parts of interrupted uploads are removed after a day")
 
 
 def _is_foreign(shared: SharedConfig, private: Path) -> bool:

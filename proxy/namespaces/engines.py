@@ -26,7 +26,7 @@ from storage.store import Store
 
 if TYPE_CHECKING:  # one machine needs no client of object storage
     from storage.bucket.blobs import BucketBlobs
-    from storage.bucket.objects import Signing
+    from storage.bucket.objects import Bucket, BucketHealth, Signing
     from storage.bucket.settings import BucketSettings
 
 CONNECTED = 5.0  # seconds for a connection to a bucket
@@ -54,7 +54,7 @@ def bucket_blobs(
     try:
         # Only here: one machine needs no client of object storage.
         from storage.bucket.blobs import BucketBlobs, keep_nothing
-        from storage.bucket.objects import Bucket, BucketHealth
+        from storage.bucket.objects import BucketHealth
     except ImportError as error:
         raise StartError(f"shared.bucket needs obstore ({error}): install entrepot[fleet]") from error
     settings = config.shared.settings(part)
@@ -66,13 +66,28 @@ def bucket_blobs(
         made = (extensions or Extensions(config.extensions, clock=clock)).make(name)
         bucket = ExtensionBucket(made, urlsplit(settings.url).path.strip("/"), health)
     else:
-        try:
-            store, signing = settings.connect(), _signing(config, settings)
-        except (ValueError, OSError) as error:
-            raise StartError(f"shared.bucket: {error}") from error
-        bucket = Bucket(store, settings.url, health, settings.storage_class, patience, signing, reader)
+        bucket = _connected(config, settings, health, patience, reader)
     keep = keep_nothing if copies is None else copies.keep
     return BucketBlobs(bucket, records, root, clock, disk, keep=keep)
+
+
+def _connected(
+    config: Config,
+    settings: BucketSettings,
+    health: BucketHealth,
+    patience: float | None,
+    reader: SignedObjects | None,
+) -> Bucket:
+    """The bucket, of which nothing is asked yet.  Raises StartError."""
+    from storage.bucket.objects import Bucket
+    from storage.bucket.signed_requests import signed_requests
+
+    try:
+        store, signing = settings.connect(), _signing(config, settings)
+    except (ValueError, OSError) as error:
+        raise StartError(f"shared.bucket: {error}") from error
+    own = signed_requests(settings, store)
+    return Bucket(store, settings.url, health, settings.storage_class, patience, signing, reader, own)
 
 
 def signed_objects(shared: SharedConfig) -> SignedObjects | None:

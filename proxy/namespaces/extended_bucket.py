@@ -12,6 +12,7 @@ from proxy.extensions.extension import Extension, ExtensionFailed
 from proxy.extensions.protocols import OfferedObject
 from storage.bucket.objects import UPLOADS, Bucket, BucketHealth, ObjectUnknown, Opened
 from storage.concurrency import uninterrupted
+from storage.oci import Digest
 
 _NOTHING = type(None)
 SLOWEST = 1 << 20  # bytes a second: how long an object may take to be put
@@ -29,7 +30,7 @@ class ExtensionBucket(Bucket):
         self._prefix = f"{prefix}/" if prefix else ""
         self._turns = asyncio.Semaphore(UPLOADS)
 
-    async def put(self, key: str, source: Path, size: int) -> None:
+    async def put(self, key: str, source: Path, size: int, digest: Digest | None = None) -> None:
         given = self._prefix + key, source, size
         async with self._turns:
             work = self._extension.call("put", *given, gives=_NOTHING, more=size / SLOWEST)

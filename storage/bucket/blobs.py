@@ -223,10 +223,10 @@ class BucketBlobs(UploadFiles):
 
         self._records.transaction(work, shared=True)
 
-    async def put_object(self, key: str, source: Path, size: int) -> None:
-        """Make an object of a file of `size` bytes.  Raises ForeignBucket."""
+    async def put_object(self, key: str, source: Path, size: int, digest: Digest | None) -> None:
+        """Make an object of a file of `size` bytes, with this digest.  Raises ForeignBucket."""
         await run_in_thread(self._owner.check)
-        await self._bucket.put(key, source, size)
+        await self._bucket.put(key, source, size, digest)
 
     async def publish(self, source: Path, file: int, digest: Digest) -> None:
         await uninterrupted(self._publish(source, file, digest))
@@ -273,7 +273,7 @@ class BucketBlobs(UploadFiles):
         key = f"{_name(digest)}{secrets.token_hex(8)}"
         if not alone:
             await run_in_thread(self._records.put, LEFTOVER.key(key), str(self.clock()).encode())
-            await self.put_object(key, source, size)
+            await self.put_object(key, source, size, digest)
         elif not await self._put_alone(source, digest, size, damaged, key):
             return
         made = partial(self._record, digest, key, size, damaged)
@@ -315,7 +315,7 @@ class BucketBlobs(UploadFiles):
             return False
         renewing = asyncio.create_task(self._renew_claim(key))
         try:
-            await self.put_object(key, source, size)
+            await self.put_object(key, source, size, digest)
         except Unavailable:
             with suppress(StorageFailed):  # others need not wait for it
                 await run_in_thread(self._claim_since, key, self.clock() - CLAIM - 1)
@@ -354,7 +354,11 @@ class BucketBlobs(UploadFiles):
                 if found is None or self.clock() - found.at > age:
                     self.forget_session(UPLOAD.parse(key)[0], [] if found is None else found.parts)
             for key, value in self._records.scan(LEFTOVER.prefix()):
-                if self._is_left(value, age) and self._records.transaction(partial(_condemn, key)):
+                if not self._is_left(value, age):
+                    continue
+                if value != DUE:  # its writer has died, or could not tell the bucket
+                    self._bucket.abort(LEFTOVER.parse(key)[0])
+                if self._records.transaction(partial(_condemn, key)):
                     self._bucket.delete(LEFTOVER.parse(key)[0])
                     self._records.delete(key)
                     reaped += value != DUE

@@ -40,6 +40,8 @@ RIGHTS = {
     "get": "give the permission to get objects (s3:GetObject)",
     "look at": "give the permission to get objects and to list the bucket (s3:GetObject, s3:ListBucket)",
     "delete": "give the permission to delete objects (s3:DeleteObject)",
+    "abort": "give the permissions to list, and to abort, uploads of parts"
+    " (s3:ListBucketMultipartUploads, s3:AbortMultipartUpload)",
 }
 # What to do, by the code of the service; codes that start alike are of one kind.
 _CODES = {
@@ -109,7 +111,7 @@ class BucketFailed(Unavailable):
 
 
 def explain(error: BaseException, action: str = "", key: str = "") -> BucketFailure:
-    """What `error` means, which ended an attempt to `put`, `get`, `look at` or `delete` the object `key`."""
+    """What `error` means, which ended an attempt to `put`, `get`, `look at`, `delete` or `abort` `key`."""
     text, _, source = str(error).partition(_SOURCE)
     what = f"{action} {key}: " if action else ""
     raw = shortened(text, RAW)

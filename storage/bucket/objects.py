@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,10 +23,11 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from storage.bucket.failures import BucketFailed, explain, is_of_bucket
 from storage.bucket.memory import return_large_pieces
 from storage.bucket.settings import ObjectStore
+from storage.bucket.signed_requests import BucketRefused, SignedRequests
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.troubles import Trouble, Troubles
 from storage.errors import OriginTimeout
-from storage.oci import Descriptor
+from storage.oci import Descriptor, Digest
 from storage.registry import Blob
 
 log = structlog.get_logger()
@@ -37,6 +39,7 @@ PART = 5 << 20  # bytes of a part of an upload, at least; S3 takes no smaller on
 PARTS = 10_000  # in an upload, at most
 AT_ONCE = 3  # parts of an upload in memory
 UPLOADS = 4  # at once in a process; others wait for one to end
+WHOLE = 5 << 30  # bytes that one request puts, at most; S3 takes no more
 LEAST = 256 << 10  # bytes that are read by a signed URL: for fewer, signing it costs more than it saves
 VALID = timedelta(minutes=5)  # of such a URL, which is used at once
 
@@ -148,6 +151,7 @@ class Bucket:
 
     `store` is one of obstore's, `name` what errors call the bucket.  `patience` is the number of seconds to
     wait for the first bytes of an object, None for PATIENCE.  `reader` reads those of large ones, if it can.
+    `requests` are those that the client of `store` does not make.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class Bucket:
         patience: float | None = None,
         signing: Signing | None = None,
         reader: SignedReader | None = None,
+        requests: SignedRequests | None = None,
     ) -> None:
         return_large_pieces()
         self.name = name
@@ -167,8 +172,10 @@ class Bucket:
         self._patience = patience
         self._signing = signing
         self._reader = reader
+        self._requests = requests
         self._attributes = {"Storage-Class": storage_class} if storage_class else None
         self._uploads = asyncio.Semaphore(UPLOADS)
+        self._threads = ThreadPoolExecutor(UPLOADS, "put")
 
     @contextmanager
     def _asking(self, action: str, key: str, text: bool = True) -> Iterator[None]:
@@ -185,8 +192,8 @@ class Bucket:
             raise self.health.failed(error, action, key) from None
         self.health.worked()
 
-    async def put(self, key: str, source: Path, size: int) -> None:
-        """Make an object of a file of `size` bytes; it appears whole or not at all.
+    async def put(self, key: str, source: Path, size: int, digest: Digest | None = None) -> None:
+        """Make an object of a file of `size` bytes, with this digest; it appears whole or not at all.
 
         At most AT_ONCE parts of it are in memory.  A failure aborts it.  A cancellation waits for its end:
         obstore would leave the parts that are under way.
@@ -195,7 +202,35 @@ class Bucket:
         options: Any = {"chunk_size": part, "max_concurrency": AT_ONCE, "attributes": self._attributes}
         async with self._uploads:
             with self._asking("put", key):
-                await uninterrupted(obstore.put_async(self._store, key, source, **options))
+                if not await self._put_signed(key, source, size, digest):
+                    await uninterrupted(obstore.put_async(self._store, key, source, **options))
+
+    async def _put_signed(self, key: str, source: Path, size: int, digest: Digest | None) -> bool:
+        """Put an object by a request of our own, where that is better.  Raises TimeoutError."""
+        requests = self._requests
+        if requests is None or not requests.puts or size > WHOLE:
+            return False
+        if digest is None or digest.algorithm != "sha256":
+            return False
+        try:
+            work = requests.put, key, source, size, digest.encoded
+            await run_in_thread(*work, threads=self._threads)
+        except TimeoutError:
+            raise
+        except (BucketRefused, OSError):  # obstore tries again, and reports what is wrong
+            return False
+        return True
+
+    def abort(self, key: str) -> None:
+        """Abort what has been begun to be put in parts and has not ended, where that can be asked for."""
+        if self._requests is None:
+            return
+        with self._asking("abort", key):
+            try:
+                self._requests.abort(key)
+            except BucketRefused as error:
+                found = explain(error, "abort", key)
+                log.warning("bucket.parts_left", bucket=self.name, detail=found.detail, advice=found.advice)
 
     async def get(self, key: str, start: int = 0, stop: int | None = None) -> Opened:
         """Ask for the bytes [start, stop), of which there is at least one; None is the end, for all of them.

@@ -78,8 +78,8 @@ class SessionFiles(Protocol):
     def digest_of(self, file: FileUpload) -> Digest | None:
         """The digest of a suspended partial file, if all of it was hashed while it was written."""
 
-    async def put_object(self, key: str, source: Path, size: int) -> None:
-        """Make an object of a file of `size` bytes."""
+    async def put_object(self, key: str, source: Path, size: int, digest: Digest | None) -> None:
+        """Make an object of a file of `size` bytes, with this digest."""
 
     async def promote(self, key: str, size: int, digest: Digest) -> None:
         """Make a blob of a leftover with this content."""
@@ -134,7 +134,7 @@ class SharedUpload(Upload):
         if size:
             key = f"uploads/{self.id}/{secrets.token_hex(8)}"
             await run_in_thread(blobs.records.put, LEFTOVER.key(key), str(now).encode())
-            await blobs.put_object(key, source, size)
+            await blobs.put_object(key, source, size, digest)
             parts.append((key, size))
         elif former is not None:
             return

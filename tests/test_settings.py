@@ -294,7 +294,7 @@ def test_options_of_serve_are_keys(monkeypatch: pytest.MonkeyPatch, path: Path) 
         asked.append(config)
         raise click.ClickException("enough")
 
-    monkeypatch.setattr("proxy.cli.main.Supervisor", start)
+    monkeypatch.setattr("proxy.cli.serve.Supervisor", start)
     words = ["--listen", "0.0.0.0:7000", "--disk", "/d", "--store", "local", "--set", "disk.path=/e"]
     words += ["--upstream", "https://quay.example:8443/path", "--upstream", "hub=https://h.example/a"]
     CliRunner().invoke(main, ["serve", str(path), *words])

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from structlog.testing import LogCapture
 
-from proxy.cli import main
+from proxy.cli import serve
 from proxy.config.errors import StartError
 from proxy.config.loader import load
 from proxy.server import supervisor
@@ -99,7 +99,7 @@ async def test_sigterm_during_the_start_ends_it(site: Site, events: LogCapture) 
         return await spawn(config, role)
 
     parent._spawn = noted  # type: ignore[method-assign]
-    await asyncio.wait_for(main._serve(parent, CONFIG, "a file"), 30)
+    await asyncio.wait_for(serve._serve(parent, CONFIG, "a file"), 30)
     assert begun.count("worker") == 2  # none is started again
     assert [each["event"] for each in events.entries] == ["server.stopping"]
 
@@ -210,9 +210,12 @@ def test_a_server_loads_nothing_large_that_its_configuration_does_not_use(tmp_pa
     (tmp_path / "entrepot.yml").write_text(f"disk: {{path: {tmp_path}}}\nnamespaces: {namespaces}\n")
     unused = {"bcrypt", "cryptography", "jinja2", "joserfc", "obstore", "opentelemetry", "psycopg", "redis"}
     unused |= {"proxy.admin.api.app", "proxy.ui", "proxy.webhooks.delivery", "proxy.webhooks.publisher"}
+    unused |= {"rich", "proxy.cli.content", "proxy.cli.context"}
     program = (
         "import sys; from pathlib import Path\n"
-        "import proxy.cli.main, proxy.server.process\n"
+        "from proxy.cli.main import main\n"
+        "main.commands['serve']\n"
+        "import proxy.server.process\n"
         "from proxy.config.loader import load\n"
         "from proxy.namespaces import composition\n"
         f"parts = composition.compose(load(Path({str(tmp_path / 'entrepot.yml')!r}), {{}}))\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import BashComplete, add_completion_class, get_completion_class, split_arg_string
+from click.shell_completion import BashComplete, get_completion_class, split_arg_string
 
 from proxy.cli.configured import find_configuration
 from proxy.cli.console import complain
@@ -73,9 +73,6 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         line = os.environ["COMP_LINE"]
         words = split_arg_string(line)[1:]
         return (words, "") if not words or line[-1].isspace() else (words[:-1], words[-1])
-
-
-add_completion_class(ColonBashComplete)
 
 
 @command()

@@ -148,3 +148,6 @@ def check_tables(found: Diagnosis, now: float) -> Sequence[Table]:
         table.add(each.name, each.subject, each.state, "; ".join(filter(None, (each.message, each.advice))))
     table.notes.append(f"{found.ok} ok, {found.warnings} warnings, {found.failed} failed")
     return [table]
+
+
+COMMANDS = (doctor,)

@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import click
 
+# Of each command, the module of this package that has it in its COMMANDS.
 GROUPS = {
-    "Run a server": ("serve", "check", "config", "doctor", "health", "reload", "user", "keys", "policy"),
-    "Configure clients": ("setup",),
-    "See what is stored and saved": (
-        "ls",
-        "show",
-        "history",
-        "diff",
-        "stats",
-        "top",
-        "fills",
-        "why",
-        "webhooks",
-        "extensions",
-        "audit",
-    ),
-    "Fetch, keep and delete": ("warm", "refresh", "pin", "unpin", "pins", "purge", "evict", "scrub"),
-    "Keep a private registry": ("tag", "delete", "collect", "migrate", "backup", "restore"),
-    "Move images": ("copy", "export", "import"),
-    "Prepare for an outage": ("ready", "drill", "lock"),
-    "Use the shell": ("completion",),
+    "Run a server": {
+        "serve": "serve",
+        "check": "check",
+        "config": "configuration",
+        "doctor": "doctor",
+        "health": "health",
+        "reload": "moves",
+        "user": "users",
+        "keys": "keys",
+        "policy": "policy",
+    },
+    "Configure clients": {"setup": "setup"},
+    "See what is stored and saved": {
+        "ls": "content",
+        "show": "content",
+        "history": "history",
+        "diff": "history",
+        "stats": "savings",
+        "top": "top",
+        "fills": "fills",
+        "why": "status",
+        "webhooks": "status",
+        "extensions": "extensions",
+        "audit": "audit",
+    },
+    "Fetch, keep and delete": {
+        "warm": "offline",
+        "refresh": "maintenance",
+        "pin": "pins",
+        "unpin": "pins",
+        "pins": "pins",
+        "purge": "removal",
+        "evict": "removal",
+        "scrub": "maintenance",
+    },
+    "Keep a private registry": {
+        "tag": "stores",
+        "delete": "stores",
+        "collect": "removal",
+        "migrate": "moves",
+        "backup": "backups",
+        "restore": "backups",
+    },
+    "Move images": {"copy": "copy", "export": "bundles", "import": "bundles"},
+    "Prepare for an outage": {"ready": "offline", "drill": "offline", "lock": "lock"},
+    "Use the shell": {"completion": "completion"},
 }
-OTHER = "Other commands"
 
 # Of each command, after the names of its groups, what to type, and what that does.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -181,19 +210,31 @@ class ExplainedGroup(click.Group):
         _write_examples(_path(context), formatter)
 
 
+class LazyCommands(UserDict[str, Any]):
+    """The commands of GROUPS by name; the module of one is imported when it is asked for.
+
+    So a server does not have the other commands in memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({name: module for group in GROUPS.values() for name, module in group.items()})
+
+    def __getitem__(self, name: str) -> click.Command:
+        module = import_module(f"proxy.cli.{super().__getitem__(name)}")
+        commands: Iterable[click.Command] = module.COMMANDS
+        return next(each for each in commands if each.name == name)
+
+
 class GroupedCommands(click.Group):
     """The group of all commands, whose help lists them by what they are for."""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        rest = set(self.commands) - {name for names in GROUPS.values() for name in names}
         width = max(map(len, self.commands))
-        for title, names in {**GROUPS, OTHER: tuple(sorted(rest))}.items():
-            rows = [(name, self.commands[name]) for name in names if name in self.commands]
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(
-                        [(name.ljust(width), command.get_short_help_str(80)) for name, command in rows]
-                    )
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name.ljust(width), self.commands[name].get_short_help_str(80)) for name in names]
+                )
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples("", formatter)

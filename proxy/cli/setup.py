@@ -237,3 +237,6 @@ def _indented(content: str) -> Iterator[str]:
 def _fail(message: str, status: int) -> None:
     complain(message)
     sys.exit(status)
+
+
+COMMANDS = (setup,)

@@ -299,6 +299,7 @@ class Supervisor:
             raise StartError(f"cannot start a {role}: {error.strerror}") from error
         self._starting[process] = config
         try:
+            await asyncio.sleep(0)  # the others fork first: they share what this process then writes to
             message = await process.message()
         finally:
             del self._starting[process]

@@ -407,7 +407,7 @@ async def test_without_descriptors_it_answers_later(
         ("POST", "/forget", b"{}", 400),
         ("POST", "/forget", b"no", 400),
         ("POST", "/forget", b'{"repository": "nowhere/a"}', 204),
-        ("GET", "/forget", b"", 405),
+        ("GET", "/forget", b"", 404),
         ("POST", "/record", b"", 204),
         ("GET", "/else", b"", 404),
     ],

@@ -18,7 +18,7 @@ from proxy.admin.api.audited import kind_of
 from proxy.admin.fleet import Fleet
 from proxy.admin.fleet_socket import SOCKET
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.peers import serve_at
+from proxy.admin.peers import CLOSING, serve_at
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import ReferenceReader
 from proxy.telemetry.audit import AuditLog
@@ -77,4 +77,5 @@ async def serve(fleet: Fleet, run: Path, closing: AsyncExitStack) -> None:
 
     application = web.Application(client_max_size=LARGEST)
     application.add_routes([web.post("/", handle)])
-    closing.push_async_callback(await serve_at(run / SOCKET, application))
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
+    closing.push_async_callback(await serve_at(run / SOCKET, runner))

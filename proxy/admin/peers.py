@@ -46,15 +46,35 @@ async def serve_state(own: ProcessState, path: Path) -> Callable[[], Awaitable[N
     Raises OSError, also if the path is too long for a socket, at about 100 bytes.
     """
 
-    return await serve_at(path, _application(own))
+    # No application: each worker would have its routes in memory.
+    async def handle(request: web.BaseRequest) -> web.Response:
+        match request.method, request.path:
+            case "GET", "/state":
+                return _in_json(own.state())
+            case "GET", "/drill":
+                return _in_json(own.drill.state())
+            case "POST", "/forget":
+                await own.forget((await decoded_body(request, ForgetRequest)).repository)
+            case "POST", "/record":
+                await own.record()
+            case "POST", "/drill":
+                own.drill.begin(await decoded_body(request, DrillOrder))
+            case "DELETE", "/drill":
+                own.drill.end()
+            case _:
+                return web.Response(status=404)
+        return web.Response(status=204)
+
+    return await serve_at(
+        path, web.ServerRunner(web.Server(handle, access_log=None), shutdown_timeout=CLOSING)
+    )
 
 
-async def serve_at(path: Path, application: web.Application) -> Callable[[], Awaitable[None]]:
-    """Serve an application at a socket; the function that it returns ends that.
+async def serve_at(path: Path, runner: web.BaseRunner) -> Callable[[], Awaitable[None]]:
+    """Serve at a socket; the function that it returns ends that.
 
     Raises OSError, also if the path is too long for a socket, at about 100 bytes.
     """
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSING)
     listening = bind_unix(path)
     inode = path.stat().st_ino
     await runner.setup()
@@ -69,39 +89,11 @@ async def serve_at(path: Path, application: web.Application) -> Callable[[], Awa
     return close
 
 
-def _application(own: ProcessState) -> web.Application:
-    async def state(request: web.Request) -> web.Response:
-        return _in_json(own.state())
-
-    async def forget(request: web.Request) -> web.Response:
-        await own.forget((await decoded_body(request, ForgetRequest)).repository)
-        return web.Response(status=204)
-
-    async def record(request: web.Request) -> web.Response:
-        await own.record()
-        return web.Response(status=204)
-
-    async def drill(request: web.Request) -> web.Response:
-        if request.method == "GET":
-            return _in_json(own.drill.state())
-        if request.method == "POST":
-            own.drill.begin(await decoded_body(request, DrillOrder))
-        else:
-            own.drill.end()
-        return web.Response(status=204)
-
-    application = web.Application()
-    drills = [web.route(method, "/drill", drill) for method in ("GET", "POST", "DELETE")]
-    told = [web.post("/forget", forget), web.post("/record", record)]
-    application.add_routes([web.get("/state", state), *told, *drills])
-    return application
-
-
 def _in_json(value: object) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
-async def decoded_body(request: web.Request, form: type[T]) -> T:
+async def decoded_body(request: web.BaseRequest, form: type[T]) -> T:
     try:
         return msgspec.json.decode(await request.read(), type=form)
     except msgspec.DecodeError as error:

@@ -34,6 +34,8 @@ A key is the name of its kind and then its fields, with a space between two of t
     counted                                     that everything without a total is empty
     writers                                     who may write the records of a private registry
     identity                                    by which a bucket is known to belong to the records
+    remembered <key>                            what is known of a record in a database, if that is lost
+    confirmed                                   when all that is remembered was last compared with it
 
 in the records of access control:
 
@@ -127,6 +129,8 @@ STORED = RecordKind("stored", 1)
 COUNTED = RecordKind("counted", 0)
 WRITERS = RecordKind("writers", 0)
 IDENTITY = RecordKind("identity", 0)
+REMEMBERED = RecordKind("remembered", 1)
+CONFIRMED = RecordKind("confirmed", 0)
 SIGNING = RecordKind("signing", 1)
 API_KEY = RecordKind("apikey", 1)
 KEY_USED = RecordKind("keyused", 1)

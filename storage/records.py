@@ -6,7 +6,7 @@ their bytes in UTF-8, which is the order of their code points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Protocol, TypeVar, runtime_checkable
@@ -135,6 +135,14 @@ class Records(Protocol):
 
     def close(self) -> None:
         """Wait for the writes that run, and refuse later ones."""
+        ...
+
+
+class SharedRecords(Records, Protocol):
+    """Records that another server has, of which many can be compared at once."""
+
+    def marks(self, keys: Iterable[str]) -> Mapping[str, bytes]:
+        """The SHA-256 of the values of those records that there are."""
         ...
 
 

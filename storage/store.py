@@ -91,6 +91,11 @@ class Store(Registry):
         # Of their own: if a server does not answer, those who do not need it go on.
         self._threads = ThreadPoolExecutor(THREADS, "records") if records.remote else None
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether its records cannot be reached now: pulls are answered by what is known of them here."""
+        return False
+
     # Pull
 
     async def read(self, work: Callable[..., T], *arguments: object) -> T:

@@ -23,6 +23,7 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
+from proxy.access import records as access_records
 from proxy.cache import parts, rest, tags
 from proxy.config import loader
 from proxy.config.schema import Config
@@ -34,6 +35,7 @@ from proxy.upstream import client, transport
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.requests import UpstreamSettings
+from storage import patient
 from tests.authority import Authority
 from tests.pools import is_kept_open
 from tests.postgres import PostgresServer
@@ -166,6 +168,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tags, "PATIENCE", None)
     monkeypatch.setattr(parts, "MEASURED", math.inf)
     monkeypatch.setattr(rest, "STALL", 30.0)
+    monkeypatch.setattr(patient, "PATIENCE", None)
+    monkeypatch.setattr(access_records, "PATIENCE", None)
 
 
 BACKOFF = transport.BACKOFF  # as it is where nobody is in a hurry

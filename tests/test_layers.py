@@ -21,9 +21,9 @@ STORAGE = (
     "oci limits",
     "registry keys values records",
     "disk",
-    "content listings bucket postgres totals writers",
+    "content listings bucket postgres totals writers remembered",
     "store",
-    "graph held migration",
+    "patient graph held migration",
     "maintenance archives",
 )
 

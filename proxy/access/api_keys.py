@@ -20,7 +20,7 @@ from functools import lru_cache
 import msgspec
 
 from proxy.access.credentials import BadCredential
-from proxy.access.records import AccessRecords, AccessState, ApiKey
+from proxy.access.records import PATIENCE, AccessRecords, AccessState, ApiKey
 from proxy.access.rules import Grant, Principal
 from proxy.access.scopes import CATALOG, REPOSITORY, Scope, parse_scope
 from proxy.config.access import ACTIONS
@@ -76,8 +76,9 @@ class ApiKeys:
         return self._principal(key)
 
     def remembers(self, user: str, secret: str) -> bool:
-        if (state := self._records.current()) is None:
+        if self._records.current() is None:
             return False
+        state = self._records.latest
         key = state.keys.get(_digest(secret))
         return key is not None and self._lasts(key) and self._is_noted(key, state)
 
@@ -98,7 +99,8 @@ class ApiKeys:
         self._tried[key.name] = self._waiting[key.name] = self._clock()
         if self._pause is None:
             self._begin_pause()
-            await self._record()
+            self._recording = asyncio.ensure_future(self._record())
+            await asyncio.wait([self._recording], timeout=0 if self._records.silent else PATIENCE)
 
     def _begin_pause(self) -> None:
         self._pause = asyncio.get_running_loop().call_later(PAUSE, self._end_pause)
@@ -107,7 +109,8 @@ class ApiKeys:
         self._pause = None
         if self._waiting:
             self._begin_pause()
-            self._recording = asyncio.ensure_future(self._record())
+            if self._recording is None or self._recording.done():
+                self._recording = asyncio.ensure_future(self._record())
 
     async def _record(self) -> None:
         """Record the uses that wait; nobody is refused if that fails."""

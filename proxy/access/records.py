@@ -9,19 +9,20 @@ All processes of a server share the records, and all servers of a fleet if they 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import msgspec
 import structlog
 
-from storage.concurrency import SingleFlight, run_in_thread
-from storage.errors import StorageFailed
+from storage.concurrency import run_in_thread
+from storage.errors import StorageFailed, StorageUnavailable
 from storage.keys import API_KEY, KEY_USED, SIGNING
 from storage.records import Batch, Records
 
@@ -30,7 +31,8 @@ T = TypeVar("T")
 
 RECENT = 1.0  # seconds until records in a database are read again: so long another server takes to learn
 AGAIN = 10.0  # seconds until it is tried again after a failure: each attempt may take seconds
-STALE = 300.0  # seconds for which what was read counts while the records cannot be read
+PATIENCE = 3.0  # seconds for an answer, if what was read before still counts
+STALE = 300.0  # seconds for which API keys that were read count while the records cannot be read
 
 
 class SigningKey(msgspec.Struct, frozen=True):
@@ -74,13 +76,19 @@ class AccessState:
 class AccessRecords:
     """Reads the records when they have changed, and changes them.
 
-    `clock` counts seconds.  Used by one event loop.
+    `clock` counts seconds.  While the records cannot be read, what was read before counts, so that an outage
+    logs nobody out: API keys for STALE seconds, and the keys that sign tokens for at least `keep` seconds, in
+    which nothing can be revoked, except by a server that still reaches the database.  Used by one event loop.
     """
 
-    def __init__(self, records: Records, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, records: Records, clock: Callable[[], float] = time.monotonic, keep: float = STALE
+    ) -> None:
         self._records = records
         self._clock = clock
-        self._flights = SingleFlight()
+        self._keep = max(keep, STALE)
+        self._reading: asyncio.Task[None] | None = None
+        self._silent = False  # whether the attempt to read them takes too long
         self._state: AccessState | None = None
         self._version: object = None
         self._read_at = 0.0  # when they were read
@@ -89,39 +97,66 @@ class AccessRecords:
     def current(self) -> AccessState | None:
         """What the records hold; None if that cannot be told without waiting: see read()."""
         if self._records.remote:
-            return self._state if self._clock() - self._tried_at < RECENT else None
+            recent = self._clock() - self._tried_at < RECENT and self._counts(self._keep)
+            return self._state if recent else None
         version = self._records.version()
         if self._state is None or version is None or version != self._version:
             with suppress(StorageFailed):
                 self._take(self._load(), version)
                 return self._state
-            return self._former()
+            return self._state if self._counts(STALE) else None
         return self._state
 
     @property
-    def latest(self) -> AccessState:
-        """What current() or read() gave last: for who has just called one of them."""
-        return self._state or AccessState()
+    def silent(self) -> bool:
+        """Whether they are in a database that does not answer now."""
+        return self._silent
 
-    async def read(self) -> AccessState:
-        """What the records hold.  Raises StorageFailed if they have not been readable for minutes."""
-        if (found := self.current()) is not None:
+    @property
+    def latest(self) -> AccessState:
+        """What current() or read() gave last: for who has just called one of them.
+
+        Without the API keys if these count no longer.
+        """
+        state = self._state or AccessState()
+        return state if not self._records.remote or self._counts(STALE) else replace(state, keys={})
+
+    async def read(self, keys: bool = True) -> AccessState:
+        """What the records hold, for a look at its API keys or, without `keys`, at the others alone.
+
+        Raises StorageFailed if they cannot be read, and what was read before counts no longer.
+        """
+        counts = self._counts(STALE if keys else self._keep)
+        if (found := self.current()) is not None and (counts or not self._records.remote):
             return found
-        await self._flights.join("", self._reread)
-        assert self._state is not None
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._reread())
+            self._reading.add_done_callback(self._has_read)
+        reading = self._reading
+        done, _ = await asyncio.wait([reading], timeout=0 if self._silent else PATIENCE)
+        self._silent = not done
+        if done and not counts:
+            reading.result()
+        if self._state is None or not (done or counts):
+            cause = "its database does not answer"
+            raise StorageUnavailable("the database does not answer", cause=cause, retry_after=AGAIN)
         return self._state
 
     async def _reread(self) -> None:
         try:
             self._take(await run_in_thread(self._load), None)
         except StorageFailed:
-            if self._former() is None:
-                raise
             self._tried_at = self._clock() + AGAIN - RECENT
+            raise
 
-    def _former(self) -> AccessState | None:
-        """What was read, while the records cannot be read: an outage must not log everybody out."""
-        return self._state if self._clock() - self._read_at < STALE else None
+    def _has_read(self, reading: asyncio.Task[None]) -> None:
+        self._reading = None
+        if not reading.cancelled() and reading.exception() is None:  # the database has logged what failed
+            self._silent = False
+
+    def _counts(self, seconds: float) -> bool:
+        """Whether what was read counts, which does so for some seconds while the records cannot be read."""
+        return self._state is not None and self._clock() - self._read_at < seconds
 
     def _take(self, state: AccessState, version: object) -> None:
         self._state, self._version = state, version
@@ -164,11 +199,16 @@ class AccessRecords:
             batch.put(SIGNING.key(made.id), msgspec.json.encode(made))
             return made
 
-        state = await self.read()
+        state = await self.read(keys=False)
         found = next(iter(state.signing.values()), None)
         if found is not None and now - found.made < rotation:
             return found
-        return await self.change(renew)
+        try:
+            return await self.change(renew)
+        except StorageFailed:
+            if found is None or now - found.made > keep:
+                raise
+            return found  # until the records can be written again
 
     async def forget_signing_keys(self) -> int:
         """Delete the keys by which tokens are signed, so that no token is valid any more; returns how many.
@@ -189,4 +229,6 @@ class AccessRecords:
         return made
 
     async def close(self) -> None:
-        await self._flights.close()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)

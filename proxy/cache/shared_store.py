@@ -10,19 +10,19 @@ from typing import TypeVar
 
 from storage.concurrency import run_in_thread
 from storage.content import BlobContent
-from storage.errors import BlobUnknown, StorageFailed, StorageUnavailable, Unavailable
+from storage.errors import BlobUnknown, StorageFailed, Unavailable
 from storage.oci import Digest
+from storage.patient import PatientStore
 from storage.records import Records
-from storage.store import Store
 
 T = TypeVar("T")
 
-PATIENCE = 3.0  # seconds for an answer of the database, or for the first bytes of an object
-REST = 5.0  # seconds for which an engine that has failed is not asked
+PATIENCE = 3.0  # seconds for the first bytes of an object
+REST = 5.0  # seconds for which a bucket that has failed is not asked
 
 
-class EngineRest:
-    """Whether an engine rests after a failure.  `ticks` are seconds of a clock that nobody sets."""
+class BucketRest:
+    """Whether a bucket rests after a failure.  `ticks` are seconds of a clock that nobody sets."""
 
     def __init__(self, ticks: Callable[[], float]) -> None:
         self._ticks = ticks
@@ -35,45 +35,18 @@ class EngineRest:
         self._until = self._ticks() + REST
 
 
-class SharedStore(Store):
+class SharedStore(PatientStore):
     """A store that a cache can do without: its origin has the same content.
 
-    So nobody waits long for its records: after PATIENCE without an answer, and for REST after a failure, what
-    needs them raises StorageUnavailable.
+    So nobody waits long for its records: what needs them raises StorageUnavailable.
     """
 
-    def __init__(
-        self,
-        files: BlobContent,
-        records: Records,
-        clock: Callable[[], float] = time.time,
-        ticks: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, files: BlobContent, records: Records, clock: Callable[[], float] = time.time) -> None:
         super().__init__(files, records, clock)
-        self._rest = EngineRest(ticks)
-        self._running: set[asyncio.Task[object]] = set()
         self._distrusted: dict[Digest, asyncio.Task[None]] = {}
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
-        if self._rest:
-            raise StorageUnavailable("the shared records have just failed", retry_after=REST)
-        task = asyncio.ensure_future(super().run(work, *arguments))
-        self._running.add(task)
-        task.add_done_callback(self._ended)
-        done, _ = await asyncio.wait([task], timeout=PATIENCE)
-        if not done:
-            self._rest.begin()
-            raise StorageUnavailable(f"no answer of the shared records in {PATIENCE:.0f} s", retry_after=REST)
-        try:
-            return task.result()
-        except StorageFailed:
-            self._rest.begin()
-            raise
-
-    def _ended(self, task: asyncio.Task[object]) -> None:
-        self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: the database has logged it
+        return await self.ask(work, *arguments)
 
     def distrust(self, digest: Digest) -> None:
         """What came of a blob was wrong: verify its object, which is removed if it is damaged."""
@@ -98,4 +71,3 @@ class SharedStore(Store):
     async def close(self) -> None:
         await asyncio.gather(*self._distrusted.values(), return_exceptions=True)
         await super().close()
-        await asyncio.gather(*self._running, return_exceptions=True)

@@ -21,7 +21,7 @@ from proxy.cache.listings import Listings
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin, Vouched
 from proxy.cache.policy import Policy
-from proxy.cache.shared_store import EngineRest, SharedStore
+from proxy.cache.shared_store import BucketRest, SharedStore
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import origin_age
 from storage.errors import (
@@ -62,7 +62,7 @@ class SharedTier(Registry):
         self._origin = Origin(namespace, upstream, store, policy, clock, drill or Drill(clock))
         self._tags = TagRevalidation(self._origin, store, policy, clock, moved)
         self._listings = Listings(self._origin, store, policy, clock)
-        self._rest = EngineRest(ticks)  # of the bucket
+        self._rest = BucketRest(ticks)
 
     # Blobs
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
-from proxy.config.fields import File, Keep, Section, Size, Text
+from proxy.config.fields import Duration, File, Keep, Section, Size, Text
 from proxy.config.hosts import parse_proxy, parse_url
 from proxy.config.values import Secret, parse_count, parse_secret, parse_text
 
@@ -58,6 +58,7 @@ class SharedConfig(Section, frozen=True):
 
     records: the URL of a PostgreSQL database, for the records of the private registry
     connections: how many connections to it each process has at most
+    remember_for: for how many seconds what was read there counts while it cannot be read; 0 for no time
     caches: also of the caches, whose content on the disk is then a part of what they share
     bucket: where the content of the private registry is, and the keys below how it is reached: see
         BucketSettings (storage/bucket/settings.py)
@@ -65,6 +66,7 @@ class SharedConfig(Section, frozen=True):
 
     records: Annotated[Secret | None, parse_database] = None
     connections: Annotated[int, parse_count] = 4
+    remember_for: Duration = 3600.0
     caches: SharedCaches | None = None
     bucket: Annotated[str | None, parse_bucket] = None
     endpoint: Annotated[str | None, parse_url] = None

@@ -51,7 +51,9 @@ from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.pulls import Pulls
 from storage.maintenance.usage import Usage
+from storage.patient import PatientStore
 from storage.registry import Moved
+from storage.remembered import RecordMemory
 from storage.shared import SharedState
 from storage.store import Store
 
@@ -183,7 +185,7 @@ class _Composer:
         common, deposits = self._common(store)
         fills = self._fills(store, deposits)
         copies = self._copies(store, fills)
-        private = self._private(copies)
+        private = self._private(copies, store)
         tag_moved = tag_moved_of(recorder, publisher, config.policy.active)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
@@ -297,15 +299,19 @@ class _Composer:
         self._closing.push_async_callback(copies.close)
         return copies
 
-    def _private(self, copies: BlobCopies) -> Store | None:
+    def _private(self, copies: BlobCopies, store: Store) -> Store | None:
         if not self._config.hosted():
             return None
-        given = self._clock, self._troubles, copies, self._extensions, self._reader
+        keep = self._config.shared.remember_for
+        memory = RecordMemory(store.records, keep, self._clock) if keep else None
+        given = self._clock, self._troubles, copies, self._extensions, self._reader, memory
         return self._opened(private_store(self._config, *given))
 
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)
         self._disks += [store.files.disk, store.records]
+        if isinstance(store, PatientStore):
+            self._disks.append(store)
         self._failed.callback(store.records.close)
         return store
 

@@ -21,7 +21,7 @@ from proxy.upstream.signed_objects import SignedObjects
 from storage.disk.health import DiskHealth
 from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
-from storage.records import Records
+from storage.records import Records, SharedRecords
 from storage.store import Store
 
 if TYPE_CHECKING:  # one machine needs no client of object storage
@@ -120,7 +120,7 @@ def database(
     troubles: Troubles,
     check: Callable[[str], None] = lambda identity: None,
     part: str = "",
-) -> Records:
+) -> SharedRecords:
     """The records in a database, or in a `part` of it.  Raises StartError."""
     try:
         # Only here: one machine needs no client of a database.

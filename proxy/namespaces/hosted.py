@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from proxy.cache.copies import BlobCopies
+from proxy.telemetry.exchange import current, in_exchange
 from storage.concurrency import run_sized
 from storage.disk.health import MakeRoom, make_no_room
 from storage.errors import (
@@ -71,6 +72,7 @@ _GENERAL = re.compile(
     r"|pdf|x-sh|x-tar|gzip|x-gzip|zip|zstd|x-binary|binary|wasm|x-shockwave-flash)",
     re.IGNORECASE,
 )
+OUTDATED = "the database of this registry cannot be reached: this is what was known here before"
 _MISSING = 100  # digests that an error names at most
 
 
@@ -133,6 +135,7 @@ class Hosted(Registry):
         else:
             place = self._namespace, self._store, repository
             blob, used_at = await self._copies.get_blob(*place, digest, span)
+        self._note_outage()
         try:
             await self._leases.blob(name, digest, used_at)
         except BaseException:
@@ -143,6 +146,7 @@ class Hosted(Registry):
     async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
         name = self._full(repository)
         if (found := await self._store.locate_blob(name, digest)) is not None:
+            self._note_outage()
             await self._leases.blob(name, digest, found.used_at)
         return found
 
@@ -154,11 +158,18 @@ class Hosted(Registry):
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         name = self._full(repository)
         manifest, stored_at = await self._store.read(self._store.manifest, name, reference)
+        self._note_outage()
         if isinstance(reference, Digest):  # otherwise the tag keeps it
             await self._leases.manifest(name, reference, stored_at)
         elif self._pulls is not None:
             await self._pulls.pulled(name, reference)
         return manifest
+
+    def _note_outage(self) -> None:
+        """Note in the exchange that its answer is what was known before, if the records cannot be reached."""
+        if self._store.cut_off and in_exchange():
+            now = current()
+            now.result, now.detail, now.warning = "stale", "database", OUTDATED
 
     async def resolve_manifest(self, repository: str, reference: Reference) -> Descriptor:
         return (await self.get_manifest(repository, reference)).descriptor

@@ -37,7 +37,9 @@ from storage.disk.troubles import Troubles
 from storage.errors import StorageFailed
 from storage.keys import LINK, MANIFEST, OBJECT
 from storage.migration.move import Engine, complete
+from storage.patient import RememberingStore
 from storage.records import Records
+from storage.remembered import RecordMemory, RememberedRecords
 from storage.store import Store
 from storage.writers import COMING, FILES, LEFT, OBJECTS, GuardedRecords, Writers
 
@@ -53,10 +55,12 @@ def private_store(
     copies: BlobCopies | None = None,
     extensions: Extensions | None = None,
     reader: SignedObjects | None = None,
+    memory: RecordMemory | None = None,
 ) -> Store:
     """Open the store of what clients push; only unreachable content is removed.
 
-    `copies` get what is pushed to a bucket, which may be one of the `extensions`; `reader` reads it.
+    `copies` get what is pushed to a bucket, which may be one of the `extensions`; `reader` reads it.  A
+    `memory` is for records in a database.
 
     Raises StorageFailed, and StartError if the records in the database that is configured, or on the disk,
     are not those of the content: all of it would seem unreachable, or missing.
@@ -66,7 +70,15 @@ def private_store(
     if not shared and (config.shared.bucket or config.shared.records):
         log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
     opened = engine(
-        config, shared, clock, troubles, guarded=True, copies=copies, extensions=extensions, reader=reader
+        config,
+        shared,
+        clock,
+        troubles,
+        guarded=True,
+        copies=copies,
+        extensions=extensions,
+        reader=reader,
+        memory=memory,
     )
     try:
         if shared:
@@ -75,6 +87,8 @@ def private_store(
     except BaseException:
         opened.records.close()
         raise
+    if opened.remembered is not None:
+        return RememberingStore(opened.content, opened.records, opened.remembered, clock)
     return Store(opened.content, opened.records, clock, collected=True)
 
 
@@ -157,6 +171,7 @@ def engine(
     copies: BlobCopies | None = None,
     extensions: Extensions | None = None,
     reader: SignedObjects | None = None,
+    memory: RecordMemory | None = None,
 ) -> Engine:
     """What holds the registry on the disk, or as `shared` says.  Raises StorageFailed, StartError.
 
@@ -168,9 +183,12 @@ def engine(
     in_bucket = shared and config.shared.bucket is not None
     kind = OBJECTS if in_bucket else FILES
     records: Records
+    remembered: RememberedRecords | None = None
     if shared and config.shared.records is not None:
         check = partial(check_identity, root, disk) if guarded else _any
-        records = database(config.shared, clock, troubles, check)
+        records = there = database(config.shared, clock, troubles, check)
+        if memory is not None:
+            records = remembered = RememberedRecords(there, memory)
     else:
         records = SQLiteRecords(root / "records", clock, disk, durable=True)
     if guarded:
@@ -185,7 +203,7 @@ def engine(
     except BaseException:
         records.close()
         raise
-    return Engine(records, content, kind)
+    return Engine(records, content, kind, remembered)
 
 
 def _any(identity: str) -> None:

@@ -163,7 +163,8 @@ def _records(composition: Composition, closing: AsyncExitStack) -> AccessRecords
     from proxy.namespaces.access_records import access_records
 
     try:
-        records = AccessRecords(access_records(composition, closing))
+        keep = composition.config.shared.remember_for
+        records = AccessRecords(access_records(composition, closing), keep=keep)
     except StorageFailed as error:
         raise StartError(f"cannot store in {composition.config.disk.path} (disk.path): {error}") from error
     closing.push_async_callback(records.close)

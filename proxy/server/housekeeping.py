@@ -25,6 +25,7 @@ from storage.concurrency import Cancelled, run_in_thread
 from storage.errors import RegistryError, StorageFailed
 from storage.keys import LINK
 from storage.oci import Digest
+from storage.patient import RememberingStore
 from storage.records import Records
 from storage.totals import Totals
 
@@ -84,6 +85,9 @@ class Housekeeper:
                 work.create_task(self._repeat(self.evict_shared, composition.config.disk.evict_every))
             if self._dispatcher is not None:
                 work.create_task(self._repeat(self._deliver, AGAIN))
+            if isinstance(composition.private, RememberingStore):
+                every = composition.config.shared.remember_for / 12
+                work.create_task(self._repeat(composition.private.confirm, every))
             if composition.config.warm:
                 work.create_task(self._repeat(self._warm, REFRESHED))
             if _expires(composition.config):

@@ -48,7 +48,7 @@ class Leases:
 
     async def blob(self, repository: str, digest: Digest, used_at: float) -> None:
         """Lease a blob that was last used at `used_at`.  Raises BlobUnknown if it is no longer stored."""
-        if self.due(used_at):
+        if self.due(used_at) and not self._store.cut_off:
             with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
                 await self._store.run(self._blob, repository, digest)
 
@@ -62,9 +62,10 @@ class Leases:
 
     async def manifest(self, repository: str, digest: Digest, stored_at: float) -> None:
         """Lease a manifest `stored_at` this time.  Raises ManifestUnknown if it is no longer stored."""
-        if self.due(stored_at) and self.due(await self._store.read(self.of, repository, digest)):
+        if self.due(stored_at) and not self._store.cut_off:
             with suppress(StorageFailed):
-                await self._store.run(self._manifest, repository, digest)
+                if self.due(await self._store.read(self.of, repository, digest)):
+                    await self._store.run(self._manifest, repository, digest)
 
     def _manifest(self, repository: str, digest: Digest) -> None:
         def work(batch: Batch) -> None:

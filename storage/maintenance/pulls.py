@@ -34,7 +34,7 @@ class Pulls:
     async def pulled(self, repository: str, tag: str) -> None:
         """Record a pull.  Raises ManifestUnknown if the tag was removed meanwhile."""
         key = repository, tag
-        if self.due(repository, tag):
+        if self.due(repository, tag) and not self._store.cut_off:
             with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
                 at = await self._store.run(self._record, repository, tag)
                 if len(self._recorded) >= REMEMBERED:

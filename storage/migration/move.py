@@ -45,6 +45,7 @@ from storage.keys import (
 from storage.migration.engine_copy import EngineCopy, continue_here
 from storage.oci import Digest
 from storage.records import Batch, Records, batches
+from storage.remembered import RememberedRecords
 from storage.writers import COMING, FILES, KEY, LEFT, Writers
 
 if TYPE_CHECKING:  # one machine needs no client of object storage
@@ -66,11 +67,16 @@ class NotMovable(Exception):
 
 
 class Engine(NamedTuple):
-    """What holds a private registry.  `kind` is that of the content, FILES or OBJECTS: storage/writers.py."""
+    """What holds a private registry.
+
+    kind: that of the content, FILES or OBJECTS: storage/writers.py
+    remembered: the part of the records that remembers some of them, if there is one
+    """
 
     records: Records
     content: BlobContent
     kind: str
+    remembered: RememberedRecords | None = None
 
 
 @dataclass

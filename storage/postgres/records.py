@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from storage.keys import TAG
 from storage.postgres.connections import Busy, Closed, Connections, DatabaseConnection
 from storage.postgres.health import DatabaseHealth
 from storage.postgres.schema import BLOBS, DIGEST, LINKS, TAGS, TARGET, migrate
-from storage.records import BATCH, LAST, Batch, Records
+from storage.records import BATCH, LAST, Batch, SharedRecords
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -42,6 +42,7 @@ _RANGE = "FROM entrepot_records WHERE key > %b AND key < %b"
 _PUT = "INSERT INTO entrepot_records VALUES (%b, %b) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _POINTING = f"SELECT key {_RANGE} AND {TARGET} = %b AND {TAGS} ORDER BY key".encode()
 _LINKING = f"SELECT key FROM entrepot_records WHERE {DIGEST} = %b AND {LINKS} ORDER BY key".encode()
+_MARKS = b"SELECT key, sha256(value) FROM entrepot_records WHERE key = ANY(%b)"
 _OLDEST = (
     f"SELECT key, value FROM entrepot_records WHERE (value, key) > (%b, %b) AND {BLOBS}"
     " ORDER BY value, key LIMIT %s"
@@ -115,6 +116,10 @@ class PostgresBatch(Batch):
         rows = self._connection.execute(statement, (above.encode(), below.encode(), limit), binary=True)
         return [(key.decode(), value) for key, value in rows]
 
+    def marks(self, keys: Iterable[str]) -> Mapping[str, bytes]:
+        rows = self._connection.execute(_MARKS, ([key.encode() for key in keys],), binary=True)
+        return {key.decode(): mark for key, mark in rows}
+
     def groups(self, prefix: str, above: str) -> list[str]:
         """The first key of each of the next groups."""
         values = {"above": above.encode(), "below": (prefix + LAST).encode(), "limit": BATCH}
@@ -122,7 +127,7 @@ class PostgresBatch(Batch):
         return [row[0].decode() for row in rows]
 
 
-class PostgresRecords(Records):
+class PostgresRecords(SharedRecords):
     """Records that several servers share.
 
     `url` is a connection string of PostgreSQL.  A process has at most `connections`.  `check` is called with
@@ -222,6 +227,9 @@ class PostgresRecords(Records):
 
     def oldest(self, after: tuple[str, bytes], limit: int) -> list[tuple[str, bytes]]:
         return self._read(lambda batch: batch.oldest(*after, limit))
+
+    def marks(self, keys: Iterable[str]) -> Mapping[str, bytes]:
+        return self._read(lambda batch: batch.marks(keys))
 
     def version(self) -> object:
         return None  # only the server knows

@@ -1,0 +1,144 @@
+"""Stores whose records are in a database, of which nobody waits long for an answer.
+
+A database that refuses connections is asked again by each request, which costs a moment.  One that is silent
+is asked by one task of each process alone, until it answers: so only the first requests have waited for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from storage.content import BlobContent
+from storage.errors import StorageFailed, StorageUnavailable
+from storage.records import Records
+from storage.remembered import NotRemembered, RememberedRecords
+from storage.store import Store
+
+T = TypeVar("T")
+
+PATIENCE = 3.0  # seconds for an answer of the database
+PAUSE = 1.0  # seconds between two looks whether it answers again
+RETRY_AFTER = 5.0  # seconds, told to clients
+
+
+class PatientStore(Store):
+    """A store that asks for its records with limited patience.
+
+    It is cut off when the database could not be used, or after PATIENCE without an answer, until that
+    answers again.
+    """
+
+    def __init__(
+        self,
+        files: BlobContent,
+        records: Records,
+        clock: Callable[[], float] = time.time,
+        collected: bool = False,
+    ) -> None:
+        super().__init__(files, records, clock, collected)
+        self._asking: set[asyncio.Future[Any]] = set()
+        self._failed = False  # the last time that the database was asked
+        self._looking: asyncio.Task[None] | None = None  # while the database is silent
+
+    @property
+    def cut_off(self) -> bool:
+        return self._failed or self._looking is not None
+
+    async def ask(self, work: Callable[..., T], *arguments: object) -> T:
+        """The result of `work`, which asks the database, in a thread.
+
+        Raises StorageFailed: StorageUnavailable at once while the database is silent.  Work that nobody
+        waits for any more goes on.
+        """
+        if self._looking is None:
+            answer = self._begin(work, *arguments)
+            if (await asyncio.wait([answer], timeout=PATIENCE))[0]:
+                return answer.result()
+            if self._looking is None:
+                self._looking = asyncio.get_running_loop().create_task(self._look())
+        cause = "its database does not answer"
+        raise StorageUnavailable("the database does not answer", cause=cause, retry_after=RETRY_AFTER)
+
+    def _begin(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        answer = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        self._asking.add(answer)
+        answer.add_done_callback(self._ended)
+        return answer
+
+    def _ended(self, answer: asyncio.Future[Any]) -> None:
+        self._asking.discard(answer)
+        if not answer.cancelled():  # the database has logged what failed
+            self._failed = isinstance(answer.exception(), StorageUnavailable)
+
+    async def _look(self) -> None:
+        """Wait until the database answers, be it that it is a wrong one."""
+        with suppress(StorageFailed):
+            while True:
+                try:
+                    await asyncio.shield(self._begin(self.records.holds, ""))
+                    break
+                except StorageUnavailable:
+                    await asyncio.sleep(PAUSE)
+        self._looking = None
+
+    def troubles(self) -> list[str]:
+        """That the database is silent, if nothing else says so."""
+        known = self._looking is None or self.records.troubles()
+        return [] if known else ["the database of records does not answer"]
+
+    async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        await super().close()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+
+class RememberingStore(PatientStore):
+    """A store of which pulls are answered by what is `remembered` of its records, while it is cut off."""
+
+    def __init__(
+        self,
+        files: BlobContent,
+        records: Records,
+        remembered: RememberedRecords,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(files, records, clock, collected=True)
+        self._remembered = remembered
+        self._writing: asyncio.Future[None] | None = None
+
+    async def read(self, work: Callable[..., T], *arguments: object) -> T:
+        try:
+            found: T = await self.ask(self._remembered.noting, work, *arguments)
+        except StorageUnavailable as error:
+            try:
+                return self._remembered.recalling(work, *arguments)
+            except NotRemembered:
+                raise error from None
+        if self._remembered.memory.waits and self._writing is None:
+            self._writing = self._begin_writing()
+        return found
+
+    def _begin_writing(self) -> asyncio.Future[None]:
+        writing = asyncio.get_running_loop().run_in_executor(None, self._remembered.memory.write)
+        writing.add_done_callback(self._written)
+        return writing
+
+    def _written(self, writing: asyncio.Future[None]) -> None:
+        self._writing = None
+        if not writing.cancelled():
+            writing.exception()  # mark it as retrieved: the disk has logged it
+
+    async def confirm(self) -> None:
+        """Compare what is remembered with the database.  Raises StorageFailed."""
+        await self.run(self._remembered.confirm)
+
+    async def close(self) -> None:
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+        await super().close()

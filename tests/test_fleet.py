@@ -203,9 +203,10 @@ async def _silent_for_a_while(fleet: Fleet, postgres_server: PostgresServer, ups
         for path in ("manifests/latest", *(f"blobs/{each}" for each in (cached.config, *cached.layers))):
             answer = await fleet.ask(0, "GET", f"/v2/library/busybox/{path}")
             assert answer.status == 200
-        assert not any(each.done() for each in waiting)
+        assert not any(each.done() for each in waiting[:40])
     found = [(await each).status for each in waiting]
-    assert found == [201] * 40 + [404] * 40
+    assert found[:40] == [201] * 40
+    assert {*found[40:]} <= {404, 503}  # if that took more than three seconds
 
 
 async def _killed_in_the_middle_of_pushes(
@@ -233,7 +234,7 @@ async def _killed_in_the_middle_of_pushes(
         for number in range(2):
             answer = await fleet.ask(number, "GET", "/v2/library/alpine/manifests/latest")
             assert (answer.status, answer.body) == (200, cached.content)
-        assert (await fleet.ask(0, "GET", f"{APP}/manifests/before")).status == 503
+        assert (await fleet.ask(0, "GET", f"{APP}/manifests/never")).status == 503
         ready = json.loads((await fleet.ask(0, "GET", "/readyz", admin=True)).body)
         assert ready["status"] == "degraded"
         assert "/postgres: " in ready["store"]

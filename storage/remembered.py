@@ -35,7 +35,7 @@ class NotRemembered(StorageUnavailable):
     """Nothing is known of a record that cannot be read now."""
 
 
-class _Known(NamedTuple):
+class _Former(NamedTuple):
     """A record as it was at a time, in seconds since the epoch; None if there was none."""
 
     at: float
@@ -45,7 +45,7 @@ class _Known(NamedTuple):
         return b"%f" % self.at if self.value is None else b"%f\n%b" % (self.at, self.value)
 
     @classmethod
-    def parse(cls, record: bytes | None) -> _Known | None:
+    def parse(cls, record: bytes | None) -> _Former | None:
         """None if the record is absent or damaged."""
         at, found, value = (record or b"").partition(b"\n")
         try:
@@ -66,7 +66,7 @@ class RecordMemory:
         self._clock = clock
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[int, float]] = {}  # the hash of a value, and when it was noted
-        self._waiting: dict[str, _Known] = {}
+        self._waiting: dict[str, _Former] = {}
 
     def now(self) -> float:
         return self._clock()
@@ -88,7 +88,7 @@ class RecordMemory:
             if len(self._seen) >= SEEN:
                 self._seen.clear()
             self._seen[key] = mark, at
-            self._waiting[key] = _Known(at, value)
+            self._waiting[key] = _Former(at, value)
 
     def write(self) -> None:
         """Store what was noted."""
@@ -97,14 +97,14 @@ class RecordMemory:
         if any(self._news(self._here, key, each) for key, each in noted.items()):
             self._here.transaction(lambda batch: self._write(batch, noted), shared=True)
 
-    def _write(self, batch: Batch, noted: Mapping[str, _Known]) -> None:
+    def _write(self, batch: Batch, noted: Mapping[str, _Former]) -> None:
         for key, each in noted.items():
             if self._news(batch, key, each):
                 batch.put(REMEMBERED.key(key), each.encode())
 
-    def _news(self, records: Records | Batch, key: str, noted: _Known) -> bool:
+    def _news(self, records: Records | Batch, key: str, noted: _Former) -> bool:
         """Whether it says more than what is stored; a later read or write may have been quicker."""
-        former = _Known.parse(records.get(REMEMBERED.key(key)))
+        former = _Former.parse(records.get(REMEMBERED.key(key)))
         if former is None:
             return noted.value is not None
         if noted.at < former.at:
@@ -115,14 +115,14 @@ class RecordMemory:
         """The record as it was.  Raises NotRemembered."""
         with self._lock:
             found = self._waiting.get(key)
-        found = found or _Known.parse(self._here.get(REMEMBERED.key(key)))
+        found = found or _Former.parse(self._here.get(REMEMBERED.key(key)))
         if found is not None and found.value is not None and self._counts(found):
             return found.value
         raise NotRemembered(f"the database cannot be read, and nothing recent is known here of {key}")
 
-    def _counts(self, found: _Known) -> bool:
+    def _counts(self, found: _Former) -> bool:
         """Whether it was read, or confirmed, not too long ago."""
-        confirmed = _Known.parse(self._here.get(CONFIRMED.key()))
+        confirmed = _Former.parse(self._here.get(CONFIRMED.key()))
         at = found.at if confirmed is None else max(found.at, confirmed.at)
         return self._clock() - at <= self._keep
 
@@ -131,7 +131,7 @@ class RecordMemory:
         begun = self._clock()
         sizes: list[tuple[float, int, str]] = []
         for some in batches(self._here.scan(REMEMBERED.prefix())):
-            known = {REMEMBERED.parse(key)[0]: _Known.parse(value) for key, value in some}
+            known = {REMEMBERED.parse(key)[0]: _Former.parse(value) for key, value in some}
             marks = there.marks(known)
             for key, each in known.items():
                 if each is not None and each.value is not None and key in marks:
@@ -142,13 +142,13 @@ class RecordMemory:
                     self._forget(key, begun)
         self.write()
         self._forget_surplus(sizes, begun)
-        self._here.put(CONFIRMED.key(), _Known(begun, None).encode())
+        self._here.put(CONFIRMED.key(), _Former(begun, None).encode())
 
     def _note_changed(self, key: str, there: SharedRecords) -> None:
         at = self._clock()
         value = there.get(key)
         with self._lock:
-            self._waiting[key] = _Known(at, value)
+            self._waiting[key] = _Former(at, value)
 
     def _forget_surplus(self, sizes: list[tuple[float, int, str]], now: float) -> None:
         """Forget the least recently used records beyond the limits, and those that were not used for long."""
@@ -162,7 +162,7 @@ class RecordMemory:
         """Forget a record, unless it was noted after `until`."""
 
         def work(batch: Batch) -> None:
-            found = _Known.parse(batch.get(REMEMBERED.key(key)))
+            found = _Former.parse(batch.get(REMEMBERED.key(key)))
             if found is None or found.at <= until:
                 batch.delete(REMEMBERED.key(key))
 

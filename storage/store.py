@@ -96,6 +96,10 @@ class Store(Registry):
         """Whether its records cannot be reached now: pulls are answered by what is known of them here."""
         return False
 
+    def troubles(self) -> list[str]:
+        """A sentence for each cause for which it cannot be used as it should, besides those of its parts."""
+        return []
+
     # Pull
 
     async def read(self, work: Callable[..., T], *arguments: object) -> T:

@@ -6,9 +6,10 @@ import asyncio
 import fnmatch
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.access import api_keys as module
+from proxy.access import records as access_records
 from proxy.access.api_keys import START, ApiKeys, KeyExists, _principal, key_scope
 from proxy.access.credentials import BadCredential
 from proxy.access.records import AGAIN, RECENT, STALE, AccessRecords, ApiKey
@@ -26,7 +28,7 @@ from proxy.admin.pullers import pullers
 from proxy.cli.main import main
 from proxy.config.access import ACTIONS
 from storage.disk.records import SQLiteRecords
-from storage.errors import NameUnknown, StorageFailed
+from storage.errors import NameUnknown, StorageFailed, StorageUnavailable
 from storage.keys import API_KEY, KEY_USED
 from tests.configuring import read
 from tests.conftest import Clock, Serve
@@ -196,17 +198,25 @@ async def test_a_damaged_record_is_no_key(made: Any) -> None:
     assert (await keys.verify("", other)).user == "key:other"
 
 
+def _set() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
 @dataclass
 class Distant:
-    """Records in a database, of a server that may be away."""
+    """Records in a database, of a server that may be away, or silent."""
 
     records: SQLiteRecords
     away: bool = False
     reads: int = 0
     refused: int = 0
     remote: bool = True
+    answers: threading.Event = field(default_factory=_set)
 
     def scan(self, prefix: str) -> Any:
+        self.answers.wait()
         if self.away:
             self.refused += 1
             raise StorageFailed("away")
@@ -214,6 +224,7 @@ class Distant:
         return self.records.scan(prefix)
 
     def transaction(self, work: Any) -> Any:
+        self.answers.wait()
         if self.away:
             self.refused += 1
             raise StorageFailed("away")
@@ -258,6 +269,54 @@ async def test_an_outage_of_the_database_logs_nobody_out_at_once(made: Any, cloc
         await other.verify("", secret)
     distant.away = False
     assert (await other.verify("", secret)).user == "key:ci"
+
+
+async def test_tokens_outlive_api_keys_in_an_outage(made: Any, clock: Clock) -> None:
+    keys, records = made
+    distant, seconds = Distant(records), Clock()
+    access = AccessRecords(distant, seconds, keep=2 * STALE)  # type: ignore[arg-type]
+    other = ApiKeys(access, clock)
+    _, secret = await keys.create("ci", (TEAM,))
+    principal = await other.verify("", secret)
+    signing = await access.signing_key(0.0, 10.0, 20.0)
+    await access.read()
+    distant.away = True
+    assert await access.signing_key(15.0, 10.0, 20.0) == signing  # it is due, but there is no other
+    with pytest.raises(StorageFailed):
+        await access.signing_key(21.0, 10.0, 20.0)
+    for at in (STALE, 2 * STALE - 1):
+        seconds.now = Clock().now + at
+        assert signing.id in (await access.read(keys=False)).signing
+        with pytest.raises(StorageFailed):
+            await other.verify("", secret)
+        assert not other.remembers("", secret)
+        assert other.renew(principal) is None  # nor does a token that was issued for it
+    seconds.advance(1)
+    with pytest.raises(StorageFailed):
+        await access.read(keys=False)
+    assert access.current() is None
+
+
+async def test_a_silent_database_is_waited_for_once(
+    made: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, records = made
+    distant, seconds = Distant(records), Clock()
+    other = ApiKeys(AccessRecords(distant, seconds), clock)  # type: ignore[arg-type]
+    _, secret = await keys.create("ci", (TEAM,))
+    await other.verify("", secret)
+    monkeypatch.setattr(access_records, "PATIENCE", 0.0)
+    distant.answers.clear()
+    seconds.advance(AGAIN)
+    clock.advance(module.NOTED)
+    for _ in range(3):
+        assert (await other.verify("", secret)).user == "key:ci"  # its use is noted later
+    seconds.advance(STALE)
+    with pytest.raises(StorageUnavailable, match="does not answer"):
+        await other.verify("", secret)
+    distant.answers.set()
+    await other.close()
+    await other._records.close()
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ async def pull(fleet: Fleet, number: int, manifest: bytes, blobs: list[Digest], 
 
 async def remembered(fleet: Fleet, number: int, records: int) -> None:
     """Wait until a server has written down what its workers have read."""
-    place = fleet.servers[number].directory.parent / f"disk{number}" / "cache" / "records"
-    with closing(SQLiteRecords(place)) as here:
+    directory = fleet.servers[number].directory.with_name(f"disk{number}") / "cache" / "records"
+    with closing(SQLiteRecords(directory)) as here:
         while len(list(here.keys(REMEMBERED.prefix()))) < records:  # noqa: ASYNC110  no event tells
             await asyncio.sleep(0)
         assert here.first(REMEMBERED.prefix() + OBJECT.prefix()) is not None

@@ -137,7 +137,7 @@ async def test_it_is_looked_for_until_it_answers(
     there.answers.set()
     looking, before = store._looking, there.asked
     assert looking is not None
-    while there.asked < before + 3:  # noqa: ASYNC110  no event tells
+    while there.asked < before + 3:
         await run_in_thread(lambda: None)
     assert not looking.done()
     there.failure = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -115,6 +116,17 @@ def test_tables_of_a_later_version_are_refused(url: str) -> None:
     with pytest.raises(schema.SchemaTooNew, match=r"schema 7, and this version knows schema 2: use .* later"):
         PostgresRecords(url)
     assert ask(url, "SELECT version FROM entrepot_schema") == [(7,)]
+
+
+def test_records_are_compared_by_their_marks(records: PostgresRecords) -> None:
+    records.put("tag a b", b"1")
+    records.put("tag a \u00e9", b"\x00" * 100_000)
+    marks = records.marks(["tag a b", "tag a \u00e9", "tag a c"])
+    assert marks == {
+        key: hashlib.sha256(value).digest()
+        for key, value in {"tag a b": b"1", "tag a \u00e9": b"\x00" * 100_000}.items()
+    }
+    assert records.marks([]) == {}
 
 
 def test_tags_are_found_by_the_index(records: PostgresRecords, url: str) -> None:

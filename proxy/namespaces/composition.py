@@ -51,9 +51,7 @@ from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.pulls import Pulls
 from storage.maintenance.usage import Usage
-from storage.patient import PatientStore
 from storage.registry import Moved
-from storage.remembered import RecordMemory
 from storage.shared import SharedState
 from storage.store import Store
 
@@ -302,16 +300,12 @@ class _Composer:
     def _private(self, copies: BlobCopies, store: Store) -> Store | None:
         if not self._config.hosted():
             return None
-        keep = self._config.shared.remember_for
-        memory = RecordMemory(store.records, keep, self._clock) if keep else None
-        given = self._clock, self._troubles, copies, self._extensions, self._reader, memory
+        given = self._clock, self._troubles, copies, self._extensions, self._reader, store.records
         return self._opened(private_store(self._config, *given))
 
     def _opened(self, store: Store) -> Store:
         self._closing.push_async_callback(store.close)
-        self._disks += [store.files.disk, store.records]
-        if isinstance(store, PatientStore):
-            self._disks.append(store)
+        self._disks += [store.files.disk, store.records, store]
         self._failed.callback(store.records.close)
         return store
 

@@ -55,12 +55,12 @@ def private_store(
     copies: BlobCopies | None = None,
     extensions: Extensions | None = None,
     reader: SignedObjects | None = None,
-    memory: RecordMemory | None = None,
+    here: Records | None = None,
 ) -> Store:
     """Open the store of what clients push; only unreachable content is removed.
 
-    `copies` get what is pushed to a bucket, which may be one of the `extensions`; `reader` reads it.  A
-    `memory` is for records in a database.
+    `copies` get what is pushed to a bucket, which may be one of the `extensions`; `reader` reads it.  What
+    is remembered of records in a database is kept in those `here`, if there are some.
 
     Raises StorageFailed, and StartError if the records in the database that is configured, or on the disk,
     are not those of the content: all of it would seem unreachable, or missing.
@@ -69,17 +69,8 @@ def private_store(
     shared = is_shared(config, troubles)
     if not shared and (config.shared.bucket or config.shared.records):
         log.warning("registry.not_shared", path=str(config.disk.path / "private"), action="served from there")
-    opened = engine(
-        config,
-        shared,
-        clock,
-        troubles,
-        guarded=True,
-        copies=copies,
-        extensions=extensions,
-        reader=reader,
-        memory=memory,
-    )
+    objects = partial(bucket_blobs, copies=copies, extensions=extensions, reader=reader)
+    opened = engine(config, shared, clock, troubles, guarded=True, objects=objects, here=here)
     try:
         if shared:
             with suppress(StorageFailed):  # of a database that cannot be asked now
@@ -168,14 +159,12 @@ def engine(
     clock: Callable[[], float] = time.time,
     troubles: Troubles | None = None,
     guarded: bool = False,
-    copies: BlobCopies | None = None,
-    extensions: Extensions | None = None,
-    reader: SignedObjects | None = None,
-    memory: RecordMemory | None = None,
+    objects: Callable[..., BlobContent] = bucket_blobs,
+    here: Records | None = None,
 ) -> Engine:
     """What holds the registry on the disk, or as `shared` says.  Raises StorageFailed, StartError.
 
-    Guarded records are those of a server: see storage/writers.py.
+    Guarded records are those of a server: see storage/writers.py.  `objects` makes the content in a bucket.
     """
     root = config.disk.path / "private"
     troubles = Troubles() if troubles is None else troubles
@@ -187,16 +176,15 @@ def engine(
     if shared and config.shared.records is not None:
         check = partial(check_identity, root, disk) if guarded else _any
         records = there = database(config.shared, clock, troubles, check)
-        if memory is not None:
-            records = remembered = RememberedRecords(there, memory)
+        if here is not None and (keep := config.shared.remember_for):
+            records = remembered = RememberedRecords(there, RecordMemory(here, keep, clock))
     else:
         records = SQLiteRecords(root / "records", clock, disk, durable=True)
     if guarded:
         records = GuardedRecords(records, kind, clock)
-    in_a_bucket = partial(bucket_blobs, copies=copies, extensions=extensions, reader=reader)
     try:
-        content: BlobContent = (
-            in_a_bucket(config, records, root, disk, clock, troubles)
+        content = (
+            objects(config, records, root, disk, clock, troubles)
             if in_bucket
             else BlobFiles(root, clock, disk, private=True)
         )

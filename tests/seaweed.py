@@ -73,6 +73,7 @@ class Seaweed:
             *("-dir", str(self.directory), "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
             *("-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             *("-master.volumeSizeLimitMB=64", f"-volume.max={self._volumes}", *ports),
+            "-master.electionTimeout=300ms",  # one that is started again waits for it, up to twice
         ]
         program = [shutil.which("weed") or str(Path(sys.executable).with_name("weed")), "server", *options]
         self.process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

@@ -186,6 +186,36 @@ async def test_a_bucket_that_is_down_costs_no_pull(
     fake.down = None
 
 
+@pytest.mark.errors("bucket.failed")
+async def test_the_first_blob_that_is_stored_ends_the_wait_of_the_others(
+    start: Start, upstream: Upstream, fake: FakeBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.cache.deposits.FIRST", 3600.0)
+    one = await start("one")
+    deposits = one.app.composition.deposits
+    assert deposits is not None
+    attempt, waiting, failed = deposits._deposit, asyncio.Event(), list[Digest]()
+
+    async def count(digest: Digest) -> None:
+        try:
+            await attempt(digest)
+        except Unavailable:
+            failed.append(digest)
+            if len(failed) == 2:
+                waiting.set()
+            raise
+
+    monkeypatch.setattr(deposits, "_deposit", count)
+    fake.down = answer(503, "SlowDown")
+    for size in (10, 20):
+        assert (await one.get(blob_of(upstream.blob("a/b", LAYER[:size]))))[0] == 200
+    await waiting.wait()
+    fake.down = None
+    assert (await one.get(blob_of(upstream.blob("a/b", LAYER))))[0] == 200
+    await deposited(one)
+    assert len(fake.objects) == 3
+
+
 @pytest.mark.errors("records.failed")
 async def test_a_database_that_is_down_costs_no_pull(
     start: Start, upstream: Upstream, postgres_server: PostgresServer

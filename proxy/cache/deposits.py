@@ -2,8 +2,8 @@
 
 A blob is handed over once it is verified and stored here, by a task that no client waits for.  That it is
 still to be is recorded before any repository shows it, so that a server which is killed goes on after its
-next start.  A failure is tried again, for as long as the blob is here.  One server at a time uploads a blob;
-the others find it there.
+next start.  A failure is tried again, for as long as the blob is here, and at once when another one is
+handed over.  One server at a time uploads a blob; the others find it there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from proxy.cache.shared_store import SharedStore
+from storage.bucket.failures import BucketFailed
 from storage.concurrency import run_in_thread
 from storage.content import files_of
 from storage.errors import BlobUnknown, StorageFailed, Unavailable
@@ -43,6 +44,8 @@ class Deposits:
         self._tasks: dict[Digest, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._resuming = asyncio.Lock()
+        self._ill = False
+        self._well = asyncio.Event()  # set when an engine that has failed works again
 
     async def announce(self, digest: Digest) -> None:
         """Record that the blob is to be handed over."""
@@ -72,9 +75,12 @@ class Deposits:
                 async with self._turns:
                     return await self._deposit(digest)
             except (StorageFailed, Unavailable) as error:
+                self._ill = self._ill or isinstance(error, StorageFailed | BucketFailed)
                 if wait > FIRST:  # else another server may just be storing it
                     log.info("deposit.postponed", digest=digest, error=str(error), seconds=wait)
-            await asyncio.sleep(wait)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._well.wait()
             wait = min(2 * wait, LAST)
 
     async def _deposit(self, digest: Digest) -> None:
@@ -92,7 +98,15 @@ class Deposits:
                 if not await self._is_linked(each, digest):
                     await self._shared.link(each, digest)
             log.info("deposit.done", digest=digest, bytes=blob.descriptor.size)
+            self._recover()
         await self._store.run(self._store.records.delete, DEPOSIT.key(digest))
+
+    def _recover(self) -> None:
+        """Let those that wait try again at once, if they wait for an engine that has failed."""
+        if self._ill:
+            self._ill = False
+            self._well.set()
+            self._well = asyncio.Event()
 
     async def _is_linked(self, repository: str, digest: Digest) -> bool:
         return await self._shared.read(self._shared.linked, repository, digest) is not None

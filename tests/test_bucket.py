@@ -16,7 +16,7 @@ from aiohttp import web
 
 from storage.bucket import objects
 from storage.bucket.blobs import CLAIM, BucketBlobs
-from storage.bucket.failures import AGAIN
+from storage.bucket.failures import AGAIN, KEYS
 from storage.bucket.objects import CHUNK, PART, Bucket, BucketHealth
 from storage.bucket.settings import BucketSettings
 from storage.disk.health import DiskHealth
@@ -267,6 +267,14 @@ async def test_a_bucket_that_fails_is_an_outage(
 
 
 @pytest.mark.errors("bucket.failed")
+async def test_why_a_look_is_refused_is_asked_for(place: Place, events: Any) -> None:
+    place.fake.spoilt = {"HEAD": [answer(403, "")], "GET": [answer(403, "SignatureDoesNotMatch")]}
+    with pytest.raises(Unavailable, match=r"look at key: 403 SignatureDoesNotMatch; check access_key"):
+        await place.blobs.bucket.size("key")
+    assert [each["advice"] for each in events.entries if each["event"] == "bucket.failed"] == [KEYS]
+
+
+@pytest.mark.errors("bucket.failed")
 async def test_a_bucket_that_does_not_answer_is_an_outage(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,12 +449,17 @@ async def test_an_upload_that_is_cancelled_comes_to_its_end(place: Place) -> Non
     ("options", "says"),
     [
         ({"ca": Path("/nowhere")}, "nowhere"),
-        ({"encryption": "rot13"}, "rot13"),
+        ({"ca": Path(__file__)}, f"{Path(__file__).name} has no certificates"),
+        ({"encryption": "rot13"}, "^Invalid encryption type: rot13"),
+        ({"endpoint": "127.0.0.1:9000"}, "endpoint is '127.0.0.1:9000', but must begin with https://"),
+        ({"url": "az://box"}, "^Account must be specified; set access_key to the account"),
+        ({"url": "az://box", "access_key": "a", "secret_key": "b"}, "set secret_key to a key of the account"),
+        ({"url": "gs://box", "secret_key": "{}"}, "set secret_key to the key of a service account"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises((ValueError, OSError), match=says):
-        BucketSettings(url="s3://bucket/x", access_key="a", secret_key="b", **options).connect()
+        BucketSettings(**({"url": "s3://bucket/x"} | options)).connect()
 
 
 async def test_google(place: Place) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing
@@ -152,6 +153,33 @@ def test_the_source_of_an_error_says_what_is_wrong_with_a_connection(
     found = explain(Exception(text), "get", "k")
     assert (found.cause, says in found.detail) == (cause, True)
     assert found.advice
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), "nothing listens there"),
+        (ConnectionResetError("no whole answer"), "the connection was cut"),
+        (socket.gaierror(-2, "Name or service not known"), "its name cannot be resolved"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER]"), "it does not speak TLS"),
+        (ssl.SSLCertVerificationError(1, "certificate verify failed"), "its certificate is not valid"),
+    ],
+)
+def test_errors_of_python_are_told_as_those_of_the_client(error: OSError, says: str) -> None:
+    found = explain(error, "abort", "k")
+    assert (found.cause, found.detail.startswith(f"abort k: {says}")) == ("cannot be reached", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Generic S3 error: Got invalid multipart response: missing field `UploadId`",
+        "Generic S3 error: Unable to extract metadata from headers: ETag Header missing from response",
+    ],
+)
+def test_what_is_no_object_storage(text: str) -> None:
+    found = explain(Exception(text), "put", "k")
+    assert (found.cause, found.advice) == ("does not answer as object storage does", "correct endpoint")
 
 
 # Real texts

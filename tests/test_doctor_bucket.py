@@ -16,7 +16,7 @@ from proxy.doctor import bucket
 from proxy.doctor.checks import Check
 from storage.disk.records import SQLiteRecords
 from storage.keys import IDENTITY
-from tests.objects import FakeBucket, answer
+from tests.objects import FakeBucket, Spoil, answer
 
 
 @pytest.fixture
@@ -39,6 +39,15 @@ async def look(fake: FakeBucket) -> Check:
     assert [(each.name, each.state) for each in clocks] == [("clock", "warning")] * (found.state != "failed")
     assert all("behind" in each.message for each in clocks)
     return found
+
+
+def got(fake: FakeBucket) -> Spoil:
+    """The answer to a GET that is not spoilt."""
+
+    async def get(request: web.Request) -> web.StreamResponse:
+        return await fake._get(request, request.path.removeprefix("/bucket/"))
+
+    return get
 
 
 async def parts(fake: FakeBucket, keys: bool = True) -> Check:
@@ -64,11 +73,8 @@ async def test_who_removes_the_parts_of_interrupted_uploads(
 
 
 async def test_uploads_that_may_not_be_listed_are_a_warning(fake: FakeBucket) -> None:
-    async def get(request: web.Request) -> web.StreamResponse:
-        return await fake._get(request, request.path.removeprefix("/bucket/"))
-
     # Three objects are read, and one that is missing; then uploads are listed.
-    fake.spoilt["GET"] = [get, get, get, get, answer(403, "AccessDenied")]
+    fake.spoilt["GET"] = [got(fake)] * 4 + [answer(403, "AccessDenied")]
     found = await parts(fake)
     assert (found.state, "refuses access" in found.message) == ("warning", True)
     assert "s3:ListBucketMultipartUploads" in found.advice
@@ -144,6 +150,8 @@ async def test_none_is_not_asked() -> None:
 )
 async def test_a_right_that_is_missing_is_named(fake: FakeBucket, method: str, step: str, right: str) -> None:
     fake.spoilt[method] = [answer(403, "AccessDenied")] * 3
+    if method == "HEAD":  # without that right S3 does not say of an object that it is not there
+        fake.spoilt["GET"] = [got(fake)] * 3 + [answer(403, "AccessDenied")]
     found = await look(fake)
     assert (found.state, found.message.partition(":")[0]) == ("failed", step)
     assert "refuses access" in found.message

@@ -22,6 +22,7 @@ from storage.bucket.objects import PART, Bucket, healthy
 from storage.bucket.settings import BucketSettings
 from storage.bucket.signed_requests import NOTHING, BucketRefused, SignedRequests, authorize, signed_requests
 from storage.disk.records import SQLiteRecords
+from storage.errors import Unavailable
 from storage.keys import LEFTOVER
 from storage.oci import Digest
 from tests.conftest import Clock
@@ -136,6 +137,17 @@ async def test_it_has_the_class_and_the_encryption_that_are_set(fake: FakeBucket
         assert name in seen[0]["authorization"]
 
 
+@pytest.mark.errors("bucket.failed")
+async def test_what_greets_everybody_has_stored_nothing(fake: FakeBucket, tmp_path: Path) -> None:
+    async def greet(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        return web.Response(text="<html>welcome</html>", content_type="text/html")
+
+    fake.down = greet
+    with pytest.raises(Unavailable, match="does not answer as object storage does"):
+        await Place(fake.settings(), tmp_path).put()
+
+
 @pytest.mark.parametrize("fault", ["refused", "cut"])
 async def test_what_is_refused_is_put_otherwise_for_a_while(
     fake: FakeBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -214,6 +226,14 @@ async def test_what_may_not_be_listed_is_left(fake: FakeBucket, tmp_path: Path, 
     (event,) = (each for each in events.entries if each["event"] == "bucket.parts_left")
     assert event["detail"] == "abort key: 403 AccessDenied"
     assert "s3:ListBucketMultipartUploads" in event["advice"]
+
+
+@pytest.mark.errors("bucket.failed")
+async def test_what_may_be_listed_later_is_an_outage(fake: FakeBucket, tmp_path: Path) -> None:
+    place = Place(fake.settings(), tmp_path)
+    fake.spoilt["GET"] = [answer(503, "SlowDown")]
+    with pytest.raises(Unavailable, match="answers 503"):
+        await asyncio.to_thread(place.bucket.abort, "key")
 
 
 @pytest.mark.parametrize("text", ["<ListBucketResult/>", "{}"])

@@ -36,7 +36,7 @@ class ExtensionBucket(Bucket):
             work = self._extension.call("put", *given, gives=_NOTHING, more=size / SLOWEST)
             await uninterrupted(self._asked(work))
 
-    async def get(self, key: str, start: int = 0, stop: int | None = None) -> Opened:
+    async def get(self, key: str, start: int = 0, stop: int | None = None, action: str = "get") -> Opened:
         given = self._prefix + key, start, stop
         found = await self._asked(self._extension.call("get", *given, gives=(OfferedObject, _NOTHING)))
         if found is None:

@@ -7,7 +7,9 @@ or JSON, and below it the source of the error, which alone says what is wrong wi
 from __future__ import annotations
 
 import re
+import ssl
 from dataclasses import dataclass
+from socket import gaierror
 
 from storage.errors import Unavailable
 
@@ -83,6 +85,18 @@ _CONNECTIONS = {
 }
 
 
+# The words above for the errors of Python.
+_CLASSES = {
+    gaierror: "dns error",
+    ssl.SSLCertVerificationError: "InvalidCertificate",
+    ssl.SSLError: "InvalidMessage",
+    ConnectionRefusedError: "ConnectionRefused",
+    ConnectionResetError: "ConnectionReset",
+}
+# What an answer has not that any object storage gives.
+_STRANGE = re.compile(r"Got invalid \w+ response|Header missing from response")
+
+
 @dataclass(frozen=True, slots=True)
 class BucketFailure:
     """One failure of a bucket.
@@ -113,6 +127,7 @@ class BucketFailed(Unavailable):
 def explain(error: BaseException, action: str = "", key: str = "") -> BucketFailure:
     """What `error` means, which ended an attempt to `put`, `get`, `look at`, `delete` or `abort` `key`."""
     text, _, source = str(error).partition(_SOURCE)
+    source += next((word for kind, word in _CLASSES.items() if isinstance(error, kind)), "")
     what = f"{action} {key}: " if action else ""
     raw = shortened(text, RAW)
     if isinstance(error, TimeoutError):
@@ -128,6 +143,9 @@ def explain(error: BaseException, action: str = "", key: str = "") -> BucketFail
         return BucketFailure("has no such bucket", f"{what}{_said(text) or shortened(text)}", advice, raw)
     if (said := _said(text)) is not None:
         return _refusal(text, f"{what}{said}", action, raw)
+    if _STRANGE.search(text) is not None:
+        detail = f"{what}{shortened(text)}"
+        return BucketFailure("does not answer as object storage does", detail, "correct endpoint", raw)
     if "kind: Timeout" in source or "TimedOut" in source:
         return BucketFailure("does not answer", f"{what}no answer in time", SERVICE, raw)
     for word, (wrong, advice) in _CONNECTIONS.items():

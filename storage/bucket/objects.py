@@ -189,6 +189,8 @@ class Bucket:
                 self.health.worked()
             raise ObjectUnknown(f"{self.name} has no {key}") from None
         except Exception as error:  # obstore's are of several kinds, and a panic of its library is another
+            if not text and explain(error).right:
+                raise ObjectUnknown(f"{self.name} does not show {key}") from None
             raise self.health.failed(error, action, key) from None
         self.health.worked()
 
@@ -229,15 +231,17 @@ class Bucket:
             try:
                 self._requests.abort(key)
             except BucketRefused as error:
+                if error.passing:
+                    raise
                 found = explain(error, "abort", key)
                 log.warning("bucket.parts_left", bucket=self.name, detail=found.detail, advice=found.advice)
 
-    async def get(self, key: str, start: int = 0, stop: int | None = None) -> Opened:
+    async def get(self, key: str, start: int = 0, stop: int | None = None, action: str = "get") -> Opened:
         """Ask for the bytes [start, stop), of which there is at least one; None is the end, for all of them.
 
         Raises ObjectUnknown.  Reading the chunks may raise what a connection does: see broken().
         """
-        with self._asking("get", key):
+        with self._asking(action, key):
             async with asyncio.timeout(self._patience or PATIENCE):
                 asked: Any = None if stop is None else {"range": (start, stop)}
                 found = await obstore.get_async(self._store, key, options=asked)
@@ -280,8 +284,9 @@ class Bucket:
         except ObjectUnknown:
             pass
         try:
-            # The answer to a HEAD has no text, which alone tells whether the bucket itself is missing.
-            return (await self.get(key)).size
+            # The answer to a HEAD has no text, which alone tells whether the bucket itself is missing, or
+            # the keys are wrong.
+            return (await self.get(key, action="look at")).size
         except ObjectUnknown:
             return None
 

@@ -5,6 +5,7 @@ Credentials that are not set are those of each cloud's chain: environment, files
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,13 @@ _RETRY = {
     "max_retries": 3,
     "retry_timeout": timedelta(seconds=30),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2)},
+}
+_GENERIC = re.compile(r"^Generic \w+ error: ")
+# What to do, by what obstore says of settings.
+_FAULTS = {
+    "Account must be specified": "set access_key to the account",
+    "Invalid Access Key": "set secret_key to a key of the account",
+    "service account": "set secret_key to the key of a service account, as JSON",
 }
 
 
@@ -55,6 +63,8 @@ class BucketSettings:
     def connect(self) -> ObjectStore:
         """The bucket, of which nothing is asked yet.  Raises ValueError; OSError if a file is unreadable."""
         parts = urlsplit(self.url)
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"endpoint is {self.endpoint!r}, but must begin with https:// or http://")
         client: dict[str, Any] = {**_CLIENT, "allow_http": self.endpoint.startswith("http://")}
         if self.ca is not None:
             client["root_certificate"] = self.ca.read_bytes()
@@ -69,9 +79,16 @@ class BucketSettings:
                 retry_config=_RETRY,
                 **options,
             )
-        except BaseError as error:
-            raise ValueError(explain(error).raw) from None
+        except (BaseError, ValueError) as error:
+            raise ValueError(self._fault(explain(error).raw)) from None
         return made
+
+    def _fault(self, said: str) -> str:
+        """What is wrong with the settings, of which obstore has said something."""
+        if "certificates" in said:
+            return f"ca: {self.ca} has no certificates in PEM form"
+        advice = next((advice for word, advice in _FAULTS.items() if word in said), "compare docs/fleet.md")
+        return f"{_GENERIC.sub('', said)}; {advice}"
 
     def _options(self, scheme: str) -> dict[str, str | bool]:
         if scheme == "gs":

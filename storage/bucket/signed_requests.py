@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from datetime import timedelta
 from functools import reduce
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
@@ -36,7 +36,11 @@ REST = 60.0  # seconds for which objects are not put so, after a failure
 
 
 class BucketRefused(Exception):
-    """The service has answered something else than success."""
+    """The service has answered something else than success; `passing` is whether it may soon."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.passing = status in (429, 500, 502, 503, 504)
 
 
 class SignedRequests:
@@ -128,22 +132,14 @@ class SignedRequests:
         sent = {name: value for name, value in sent.items() if value}
         sent["authorization"] = authorize(method, url.path, query, sent, access_key, self._secret, region)
         target = f"{url.path}?{urlencode(query, quote_via=quote)}" if query else url.path
+        sent["content-length"] = str(size)
         with closing(self._connect(url)) as connection:
-            try:
-                connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
-                for name, value in {**sent, "content-length": str(size)}.items():
-                    connection.putheader(name, value)
-                connection.endheaders()
-                connection.sock.settimeout(ANSWERED)
-                if file is not None:
-                    connection.sock.sendfile(file, count=size)
-                answer = connection.getresponse()
-                body = answer.read()
-            except HTTPException as error:
-                raise OSError(f"no answer: {error!r}") from error
+            answer, body = _exchange(connection, method, target, sent, file)
+        if method == "PUT" and answer.status == 200 and not answer.headers["etag"]:
+            raise BucketRefused("ETag Header missing from response")  # it is no object storage
         if answer.status not in (200, 204) and (method, answer.status) != ("DELETE", 404):
             text = body.decode(errors="replace")
-            raise BucketRefused(f"status code: {answer.status} {answer.reason}: {text}")
+            raise BucketRefused(f"status code: {answer.status} {answer.reason}: {text}", answer.status)
         return body
 
     def _connect(self, url: SplitResult) -> HTTPConnection:
@@ -153,6 +149,24 @@ class SignedRequests:
         if self._settings.ca is not None:
             context.load_verify_locations(self._settings.ca)
         return HTTPSConnection(url.netloc, timeout=CONNECTED, context=context)
+
+
+def _exchange(
+    connection: HTTPConnection, method: str, target: str, headers: Mapping[str, str], file: BinaryIO | None
+) -> tuple[HTTPResponse, bytes]:
+    """The answer to a request, and its body.  Raises OSError."""
+    try:
+        connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        connection.sock.settimeout(ANSWERED)
+        if file is not None:
+            connection.sock.sendfile(file, count=int(headers["content-length"]))
+        answer = connection.getresponse()
+        return answer, answer.read()
+    except HTTPException as error:
+        raise ConnectionResetError(f"no whole answer: {error!r}") from error
 
 
 def signed_requests(settings: BucketSettings, store: ObjectStore) -> SignedRequests | None:

@@ -13,9 +13,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import proxy.cli
-from proxy.admin.models import FillRow, SpanRow
+from proxy.admin.models import FillRow
 from proxy.cli import bars, console, fills
 from proxy.cli.bars import MISSING, THERE, extents_bar, has_gaps, share_bar
+from proxy.processes.rows import SpanRow
 from storage.disk.extents import Extents
 
 MIB = 1 << 20

@@ -13,11 +13,12 @@ from aiohttp import ClientPayloadError, ClientSession, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from proxy.admin import fill_feed
-from proxy.admin.activity_reports import EndedFillRow, FillsNow
+from proxy.admin.activity_reports import FillsNow
 from proxy.admin.api.server_events import send_events
 from proxy.admin.fill_feed import MOST, FillFeed
-from proxy.admin.peers import ended_of
-from proxy.admin.processes import ProcessReport
+from proxy.processes.rows import EndedFillRow
+from proxy.processes.server_processes import ended_of
+from proxy.processes.state import ProcessReport
 from storage.errors import Unavailable
 from tests.conftest import Serve
 from tests.upstream import Corrupt, Hold, Upstream

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.peers import ServerProcesses
-from proxy.admin.processes import state_of
 from proxy.cli.target import composed
 from proxy.config.loader import load
+from proxy.processes.server_processes import ServerProcesses
+from proxy.processes.state import state_of
 from storage.keys import LINK, MANIFEST
 from storage.maintenance.counting import Counting
 from storage.maintenance.eviction import Eviction, EvictionRules

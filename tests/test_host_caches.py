@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.peers import ServerProcesses
-from proxy.admin.processes import state_of
 from proxy.namespaces import caches
 from proxy.namespaces.composition import compose
 from proxy.namespaces.references import FieldInvalid
+from proxy.processes.server_processes import ServerProcesses
+from proxy.processes.state import state_of
 from proxy.telemetry import metrics
 from storage.errors import NameUnknown, Unavailable, Unsupported
 from storage.oci import Digest

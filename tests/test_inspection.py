@@ -14,9 +14,9 @@ from structlog.testing import LogCapture
 import storage.graph
 from proxy.admin import image_config, image_diff, inventory, measuring
 from proxy.admin.explain import upstream_rows
-from proxy.admin.processes import UpstreamState
-from proxy.admin.reports import RefusalRow
 from proxy.namespaces.references import FieldInvalid
+from proxy.processes.rows import RefusalRow
+from proxy.processes.state import UpstreamState
 from storage.errors import ArchiveInvalid, BlobUnknown, ManifestUnknown
 from storage.maintenance.usage import Use
 from storage.oci import Digest

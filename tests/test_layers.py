@@ -44,11 +44,12 @@ PROXY = {
     "namespaces": "config telemetry extensions upstream cache webhooks policy",
     "web": "config connections telemetry extensions webhooks access",
     "transfer": "config telemetry upstream namespaces",
+    "processes": "connections telemetry extensions upstream cache namespaces web",
     "admin": "config connections telemetry extensions upstream cache webhooks access policy namespaces web"
-    " transfer",
+    " transfer processes",
     "doctor": "config connections extensions upstream setup access web",
     "ui": "config namespaces admin",
-    "server": "telemetry config extensions webhooks access namespaces web admin ui",
+    "server": "telemetry config extensions webhooks access namespaces web processes admin ui",
     "testing": "config telemetry upstream namespaces web transfer",
 }
 PROXY["cli"] = " ".join(PROXY)

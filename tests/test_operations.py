@@ -17,15 +17,16 @@ import pytest
 from proxy.admin.fill_speeds import FillSpeeds
 from proxy.admin.inventory import DEEPEST
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.models import ImageRow, PlatformRow, SpanRow
-from proxy.admin.peers import ServerProcesses
-from proxy.admin.processes import FillState, ProcessReport, UpstreamState
+from proxy.admin.models import ImageRow, PlatformRow
 from proxy.admin.purge import AllPinned
 from proxy.admin.reports import Purged, Scrubbing, Why
 from proxy.cli.fills import fill_tables
 from proxy.namespaces.composition import Composition, compose
 from proxy.namespaces.hooks import Hooks
 from proxy.namespaces.references import FieldInvalid
+from proxy.processes.rows import SpanRow
+from proxy.processes.server_processes import ServerProcesses
+from proxy.processes.state import FillState, ProcessReport, UpstreamState
 from storage.disk.blobs import BlobFiles
 from storage.disk.kept import show_parts
 from storage.errors import ManifestUnknown, NameUnknown, Unavailable, Unsupported

@@ -17,14 +17,14 @@ import aiohttp
 import msgspec
 import pytest
 
-from proxy.admin import peers
-from proxy.admin.models import SpanRow
-from proxy.admin.peers import ServerProcesses, serve_state
-from proxy.admin.processes import FillState, ProcessState, UpstreamState
 from proxy.cache import parts
 from proxy.cache.cache import Cache
 from proxy.cache.fills import Fills
 from proxy.cache.policy import Policy
+from proxy.processes import server_processes
+from proxy.processes.rows import SpanRow
+from proxy.processes.server_processes import ServerProcesses, serve_state
+from proxy.processes.state import FillState, ProcessState, UpstreamState
 from proxy.server import make_room as room
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import client, requests
@@ -460,7 +460,7 @@ async def test_who_does_not_answer_is_left_out(start: Start, serve_live_at: Serv
 
 
 async def test_who_hangs_is_not_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "TIMEOUT", 0.01)
+    monkeypatch.setattr(server_processes, "TIMEOUT", 0.01)
     with socket.socket(socket.AF_UNIX) as hung:
         hung.bind(str(run / "1.sock"))
         hung.listen()  # and nobody accepts

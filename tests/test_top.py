@@ -20,9 +20,10 @@ import pytest
 from rich.cells import cell_len
 
 from proxy.admin.activity_reports import Activity, SlowRow
-from proxy.admin.models import FillRow, SpanRow, StatsRow
+from proxy.admin.models import FillRow, StatsRow
 from proxy.admin.reports import UpstreamRow
 from proxy.cli.top import ActivityScreen, Snapshot, summary_lines
+from proxy.processes.rows import SpanRow
 from tests.conftest import Serve, Site
 from tests.processes import Place, place
 from tests.test_cli_operations import Shop, served, shop

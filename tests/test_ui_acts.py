@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.admin.models import FillRow, SpanRow
+from proxy.admin.models import FillRow
 from proxy.admin.operations import OPERATIONS
 from proxy.admin.reports import Deleted, Evicted, KeptRow
 from proxy.namespaces.references import FieldInvalid
+from proxy.processes.rows import SpanRow
 from proxy.ui.acts import ACTS, Act
 from proxy.ui.facts import MOST, facts
 from proxy.ui.jobs import REMEMBERED, Jobs

@@ -22,9 +22,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from proxy.admin.api.app import application
 from proxy.admin.local_operations import LocalOperations
 from proxy.admin.models import ImageNode, ReplicaStats, RepositoryRow, Stats
-from proxy.admin.processes import ProcessReport, UpstreamState
-from proxy.admin.reports import RefusalRow, ReplicaVerdict, Why
+from proxy.admin.reports import ReplicaVerdict, Why
 from proxy.namespaces.composition import compose
+from proxy.processes.rows import RefusalRow
+from proxy.processes.state import ProcessReport, UpstreamState
 from proxy.telemetry.metrics import Metrics
 from proxy.ui import snapshot
 from proxy.ui.app import pages

@@ -14,13 +14,13 @@ import msgspec
 import pytest
 from structlog.testing import LogCapture
 
-from proxy.admin.processes import state_of
 from proxy.admin.readiness import Readiness
 from proxy.admin.reports import WarmRow
 from proxy.admin.warm import JOBS, Warmer
 from proxy.admin.warm_schedule import Schedule, latest
 from proxy.cache.refresh import BACKOFF, LONGEST_BACKOFF
 from proxy.namespaces.composition import Composition, compose
+from proxy.processes.state import state_of
 from storage.oci import Digest
 from tests.conftest import Clock, configuration
 from tests.upstream import Hold, Image, Upstream

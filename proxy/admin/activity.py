@@ -9,9 +9,9 @@ import msgspec
 
 from proxy.admin.activity_reports import Activity, SlowRow
 from proxy.admin.models import Stats
-from proxy.admin.processes import ProcessReport
 from proxy.admin.rows import day_row, stats_row
 from proxy.namespaces.composition import Composition
+from proxy.processes.state import ProcessReport
 from proxy.telemetry.recent_requests import NUMBER
 from storage.maintenance.usage import Counters
 

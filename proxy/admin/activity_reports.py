@@ -5,29 +5,10 @@ Units and names are those of models.py.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from proxy.admin.models import FillRow, Model, ReplicaModel
-
-FillResult: TypeAlias = Literal["committed", "followed", "linked", "kept", "suspended", "failed", "uncached"]
-
-
-class EndedFillRow(ReplicaModel, frozen=True):
-    """A fill that has ended.
-
-    `result` says how: committed (fetched), followed (another process fetched it), linked (stored already, for
-    another repository), kept (parts of it), suspended (the server stopped), uncached (it could not be stored)
-    or failed.  `error` is None if it succeeded.
-    """
-
-    digest: str
-    namespace: str
-    repository: str
-    bytes: int
-    started: float
-    ended: float
-    result: FillResult
-    error: str | None
+from proxy.admin.models import FillRow
+from proxy.processes.rows import EndedFillRow, Model, ReplicaModel
 
 
 class FillsNow(Model, frozen=True):

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from proxy.admin.models import ReplicaModel
+from proxy.processes.rows import ReplicaModel
 
 T = TypeVar("T")
 R = TypeVar("R", bound=ReplicaModel)

@@ -13,12 +13,12 @@ import msgspec
 from proxy.admin.inventory import Inventory, finite_or_none
 from proxy.admin.measuring import Measured
 from proxy.admin.models import OwnerRow
-from proxy.admin.processes import UpstreamState
-from proxy.admin.reports import HostRow, RefusalRow, UpstreamRow, Verdict, Why
+from proxy.admin.reports import HostRow, UpstreamRow, Verdict, Why
 from proxy.config.hosts import normal_host
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import ImageReference
+from proxy.processes.state import UpstreamState, refusals
 from proxy.telemetry.metrics import PEERS
 from storage.maintenance.pins import Pins
 from storage.maintenance.usage import Usage
@@ -203,22 +203,6 @@ def upstream_rows(states: Sequence[UpstreamState]) -> list[UpstreamRow]:
         UpstreamRow(namespace=name, **msgspec.structs.asdict(row))
         for name in sorted({each.namespace for each in states})
         for row in host_rows(each for each in states if each.namespace == name)
-    ]
-
-
-def refusals(states: Iterable[UpstreamState]) -> list[RefusalRow]:
-    """The latest refusal of each credential by each host."""
-    rows = sorted((row for each in states for row in each.refused), key=lambda row: row.at)
-    return list({(row.credential, row.host): row for row in rows}.values())
-
-
-def refusal_notes(states: Sequence[UpstreamState]) -> list[str]:
-    """A sentence for each credential that is refused."""
-    names = dict.fromkeys(each.namespace for each in states)
-    return [
-        f"{name}: {row.host} refused credential {row.credential} with status {row.status}"
-        for name in names
-        for row in refusals(each for each in states if each.namespace == name)
     ]
 
 

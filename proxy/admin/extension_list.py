@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from proxy.admin.extension_reports import ExtensionRow
-from proxy.admin.processes import ProcessReport
 from proxy.config.extension_rules import uses
 from proxy.config.schema import Config
 from proxy.extensions.extension import ExtensionState, worst
 from proxy.extensions.loader import InstalledExtension, installed
+from proxy.processes.state import ProcessReport
 
 
 def extension_rows(config: Config, reports: Iterable[ProcessReport]) -> list[ExtensionRow]:

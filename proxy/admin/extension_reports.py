@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from proxy.admin.models import ReplicaModel
+from proxy.processes.rows import ReplicaModel
 
 ExtensionUse: TypeAlias = Literal["in use", "failing", "not used"]
 

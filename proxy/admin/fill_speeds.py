@@ -6,8 +6,9 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from proxy.admin.models import FillRow, SpanRow
-from proxy.admin.processes import DETAIL, FillState
+from proxy.admin.models import FillRow
+from proxy.processes.rows import SpanRow
+from proxy.processes.state import DETAIL, FillState
 from storage.disk.kept import KeptParts, extents_of
 from storage.maintenance.eviction import Eviction
 

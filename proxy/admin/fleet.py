@@ -22,11 +22,11 @@ from proxy.admin.acts import ActControl, FleetAct, digest_of
 from proxy.admin.answers import Answers, of_replica
 from proxy.admin.combination import COMBINE, watched
 from proxy.admin.fill_feed import FillFeed
-from proxy.admin.models import ReplicaModel
 from proxy.admin.notices import warn
 from proxy.admin.operations import OPERATIONS, Operation, Operations, perform
 from proxy.admin.sent import SentOperations
 from proxy.namespaces.references import FieldInvalid
+from proxy.processes.rows import ReplicaModel
 from proxy.upstream.peers import Peers
 from proxy.upstream.replicas import (
     EXCHANGE,

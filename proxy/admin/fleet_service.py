@@ -18,9 +18,9 @@ from proxy.admin.api.audited import kind_of
 from proxy.admin.fleet import Fleet
 from proxy.admin.fleet_socket import SOCKET
 from proxy.admin.local_operations import LocalOperations
-from proxy.admin.peers import CLOSING, serve_at
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import ReferenceReader
+from proxy.processes.server_processes import CLOSING, serve_at
 from proxy.telemetry.audit import AuditLog
 from proxy.upstream.fleet import connect_to_peers
 from proxy.upstream.replicas import ReplicaClient, ReplicaState

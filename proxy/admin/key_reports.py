@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.admin.models import Model
+from proxy.processes.rows import Model
 
 
 class KeyRow(Model, frozen=True):

@@ -14,9 +14,8 @@ import structlog
 from proxy.admin import activity_reports, extension_reports, models, policy_reports, reports, tag_reports
 from proxy.admin.activity import activity_of, stats_of
 from proxy.admin.audit_control import audit_rows
-from proxy.admin.drills import DrillControl
 from proxy.admin.eviction_control import EvictionControl
-from proxy.admin.explain import Explainer, owner_of, refusal_notes, upstream_rows
+from proxy.admin.explain import Explainer, owner_of, upstream_rows
 from proxy.admin.extension_list import extension_rows
 from proxy.admin.fill_feed import FillFeed
 from proxy.admin.fill_speeds import FillSpeeds, idle_rows
@@ -24,7 +23,6 @@ from proxy.admin.inspection import Inspection
 from proxy.admin.inventory import Inventory, merged
 from proxy.admin.key_control import KeyOperations
 from proxy.admin.operations import PAGE
-from proxy.admin.peers import ServerProcesses, ended_of, fills_of
 from proxy.admin.pin_control import PinControl
 from proxy.admin.policy_control import (
     HoldControl,
@@ -50,6 +48,9 @@ from proxy.namespaces.references import (
     read_platforms,
     read_seconds,
 )
+from proxy.processes.drills import DrillControl
+from proxy.processes.server_processes import ServerProcesses, ended_of, fills_of
+from proxy.processes.state import refusal_notes
 from proxy.transfer.bundle_export import BundleExport
 from proxy.transfer.bundle_import import BundleImport
 from storage.concurrency import run_in_thread

@@ -12,21 +12,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from proxy.processes.rows import Model, ReplicaModel, SpanRow
+
 Sort: TypeAlias = Literal["name", "updated", "used"]
-
-
-class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """The base of all answers."""
-
-
-class ReplicaModel(Model, frozen=True, kw_only=True):
-    """The base of rows that may differ by replica.
-
-    `replica` is the URL of the one of a fleet whose row it is, None if all replicas have it alike, or without
-    a fleet.
-    """
-
-    replica: str | None = None
 
 
 # Content
@@ -90,10 +78,10 @@ class Listed(Model, frozen=True):
     the caches, such as that an upstream refuses credentials.
     """
 
-    repositories: list[RepositoryRow] = []
-    images: list[ImageRow] = []
+    repositories: list[RepositoryRow] = msgspec.field(default_factory=list)
+    images: list[ImageRow] = msgspec.field(default_factory=list)
     next: str | None = None
-    notes: list[str] = []
+    notes: list[str] = msgspec.field(default_factory=list)
 
 
 class ImageNode(Model, frozen=True):
@@ -111,7 +99,7 @@ class ImageNode(Model, frozen=True):
     platform: str | None
     artifact_type: str | None
     children: list[ImageNode]
-    replicas: list[str] = []
+    replicas: list[str] = msgspec.field(default_factory=list)
 
 
 class Found(ReplicaModel, frozen=True):
@@ -225,7 +213,7 @@ class ImageTree(Model, frozen=True):
     moves: list[MoveRow]
     uses: UseRow | None
     pins: list[str]
-    elsewhere: list[ReplicaDigest] = []
+    elsewhere: list[ReplicaDigest] = msgspec.field(default_factory=list)
     cut: bool = False
 
 
@@ -246,13 +234,6 @@ class PinRow(ReplicaModel, frozen=True):
 
 
 # Activity
-
-
-class SpanRow(Model, frozen=True):
-    """The bytes of a blob from `start` on and before `stop`."""
-
-    start: int
-    stop: int
 
 
 class FillRow(ReplicaModel, frozen=True):
@@ -351,7 +332,7 @@ class Stats(Model, frozen=True):
     days: list[DayRow]
     stored_bytes: int
     limit: int | None
-    replicas: list[ReplicaStats] = []
+    replicas: list[ReplicaStats] = msgspec.field(default_factory=list)
 
 
 class WebhookRow(ReplicaModel, frozen=True):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from proxy.admin.models import Model, ReplicaModel
 from proxy.config.policy import NameVerdict
+from proxy.processes.rows import Model, ReplicaModel
 
 
 class PolicyLead(Model, frozen=True):

@@ -9,8 +9,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from proxy.admin.models import Model, OwnerRow, ReplicaModel
+from proxy.admin.models import OwnerRow
 from proxy.admin.policy_reports import HeldRow, PolicyRow
+from proxy.processes.rows import Model, RefusalRow, ReplicaModel
 
 Verdict: TypeAlias = Literal["hit", "revalidate", "miss", "stale", "refused"]
 Completeness: TypeAlias = Literal["complete", "partial", "absent"]
@@ -189,22 +190,10 @@ class Scrubbing(ReplicaModel, frozen=True):
 # Explanation
 
 
-class RefusalRow(Model, frozen=True):
-    """A host refused a credential, and has granted it nothing since.
-
-    `credential` is its number in the configuration, `at` is in seconds since the epoch.
-    """
-
-    credential: int
-    host: str
-    status: int
-    at: float
-
-
 class HostRow(ReplicaModel, frozen=True):
     """A host of an upstream, as reported by the process in which its state is the worst.
 
-    See proxy.admin.processes.UpstreamState.
+    See proxy.processes.state.UpstreamState.
     """
 
     url: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from proxy.admin.models import Model, ReplicaModel
+from proxy.processes.rows import Model, ReplicaModel
 
 Change: TypeAlias = Literal["added", "removed", "changed", "same"]
 

@@ -1,7 +1,7 @@
 """Drills: for some time upstreams are treated as unreachable, and requests that would need them are recorded.
 
-Each process of a server has its own Drill.  All begin and end together (proxy/admin/drills.py), and each ends
-by itself when its time is up, even if the process that began it has ended.
+Each process of a server has its own Drill.  All begin and end together (proxy/processes/drills.py), and each
+ends by itself when its time is up, even if the process that began it has ended.
 
 A drill cuts off requests, not transfers: those in flight when it begins are completed.
 """

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from proxy.admin.models import FillRow, SpanRow
+if TYPE_CHECKING:  # a server imports this module, too
+    from proxy.admin.models import FillRow
+    from proxy.processes.rows import SpanRow
 
 WIDTH = 20  # characters
 THERE, PARTLY, COMING, MISSING = "█▒░·"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from proxy.admin.models import ReplicaModel
 from proxy.cli.tables import Column, Table
+from proxy.processes.rows import ReplicaModel
 
 ALL = "all"
 

@@ -143,8 +143,8 @@ async def _directory(config: Config, url: URL | None, make: bool) -> AsyncIterat
         if config.peers is not None:
             warn("this works on the directory alone; other replicas are not asked, nor told")
         from proxy.admin.local_operations import LocalOperations
-        from proxy.admin.peers import ServerProcesses
-        from proxy.admin.processes import state_of
+        from proxy.processes.server_processes import ServerProcesses
+        from proxy.processes.state import state_of
 
         # Without `heal`, which would ask upstreams: damaged content is fetched when a client pulls it.
         operations = LocalOperations(composition, ServerProcesses(state_of(composition), None))

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy.admin.fleet_socket import PATH, forward
 from proxy.namespaces.composition import Composition
 from proxy.server.health import Health
 from proxy.telemetry.audit import AuditLog
@@ -54,10 +53,16 @@ class FleetMember:
     def handler(self, handle: ServerHandler) -> ServerHandler:
         """The handler of the listener for clients, whose requests `handle` answers."""
         peers = self._composition.peers
-        return handle if peers is None else OperationRequests(peers, PATH, self._answer, handle).handle
+        if peers is None:
+            return handle
+        from proxy.admin.fleet_socket import PATH
+
+        return OperationRequests(peers, PATH, self._answer, handle).handle
 
     async def _answer(self, body: bytes) -> tuple[int, bytes]:
         if self.fleet is not None:
             return await self.fleet.answer(body)
         assert self._run is not None
+        from proxy.admin.fleet_socket import forward
+
         return await forward(self._run, body)

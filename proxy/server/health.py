@@ -6,11 +6,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from proxy.admin.explain import refusal_notes
-from proxy.admin.peers import ServerProcesses
-from proxy.admin.processes import ProcessReport
 from proxy.extensions.extension import worst
 from proxy.namespaces.composition import Composition
+from proxy.processes.server_processes import ServerProcesses
+from proxy.processes.state import ProcessReport, refusal_notes
 from storage.errors import StorageFailed
 from storage.store import Store
 

@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from proxy.admin.readiness import Readiness
-from proxy.admin.warm import Warmer
-from proxy.admin.warm_schedule import Schedule
 from proxy.config.schema import Config
 from proxy.namespaces.composition import Composition
 from storage.concurrency import Cancelled, run_in_thread
@@ -29,7 +26,8 @@ from storage.patient import RememberingStore
 from storage.records import Records
 from storage.totals import Totals
 
-if TYPE_CHECKING:  # only a server with webhooks imports them
+if TYPE_CHECKING:  # only a server with warm lists or webhooks imports them
+    from proxy.admin.warm_schedule import Schedule
     from proxy.webhooks.delivery import Dispatcher
 
 log = structlog.get_logger()
@@ -42,17 +40,32 @@ CHECKED = 86400.0  # seconds for which a blob that was found intact is not check
 AGAIN = 60.0  # seconds until work that failed is tried again
 
 
+def warm_schedule(composition: Composition, forget: Callable[[str], Awaitable[None]]) -> Schedule | None:
+    """The schedule of the warm lists, None if the configuration has none.
+
+    `forget` drops what the workers remember of a repository whose upstream had nothing or did not answer.
+    """
+    if not (lists := composition.config.warm):
+        return None
+    from proxy.admin.readiness import Readiness
+    from proxy.admin.warm import Warmer
+    from proxy.admin.warm_schedule import Schedule
+
+    readiness = Readiness(composition.store, composition.private, composition.hosted)
+    warmer = Warmer(composition.namespaces, readiness, forget)
+    return Schedule(lists, warmer, composition.store.records, composition.clock)
+
+
 class Housekeeper:
     """Runs all background work of a composition.
 
-    Call run() and, before cancelling it, close().  `forget` drops what the workers remember of a repository
-    whose upstream had nothing or did not answer.
+    Call run() and, before cancelling it, close().
     """
 
     def __init__(
         self,
         composition: Composition,
-        forget: Callable[[str], Awaitable[None]],
+        schedule: Schedule | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
         self._composition = composition
@@ -62,11 +75,8 @@ class Housekeeper:
         self._stopping = threading.Event()
         self._stored_by: set[str] = set()  # namespaces whose stored bytes are in the metrics
         self.evicting = asyncio.Lock()  # held by every eviction of this process
-        readiness = Readiness(composition.store, composition.private, composition.hosted)
-        warmer = Warmer(composition.namespaces, readiness, forget)
-        rules = composition.config.warm
+        self._schedule = schedule
         self._fetching: set[asyncio.Task[object]] = set()
-        self.schedule = Schedule(rules, warmer, composition.store.records, composition.clock)
 
     def pause(self, seconds: float) -> None:
         """Block the thread that works.  Raises Cancelled after close()."""
@@ -88,7 +98,7 @@ class Housekeeper:
             if isinstance(composition.private, RememberingStore):
                 every = composition.config.shared.remember_for / 12
                 work.create_task(self._repeat(composition.private.confirm, every))
-            if composition.config.warm:
+            if self._schedule is not None:
                 work.create_task(self._repeat(self._warm, REFRESHED))
             if _expires(composition.config):
                 work.create_task(self._repeat(self.expire, composition.config.disk.evict_every))
@@ -201,7 +211,8 @@ class Housekeeper:
         await self._fetch(self._composition.maintenance.freshener.run_once)
 
     async def _warm(self) -> None:
-        await self._fetch(self.schedule.run_once)
+        assert self._schedule is not None
+        await self._fetch(self._schedule.run_once)
 
     async def _fetch(self, work: Callable[[], Coroutine[None, None, object]]) -> None:
         """Do `work`, which asks upstreams.  A drill postpones it, which is no failure."""

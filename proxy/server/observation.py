@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 
-from proxy.admin.processes import ProcessReport
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.upkeep import SCRUBBED
+from proxy.processes.state import ProcessReport
 from proxy.server.health import MOMENT, Health, failing, troubles
 from proxy.telemetry.metrics import Metrics
 from storage.concurrency import run_in_thread

@@ -18,19 +18,19 @@ from aiohttp import web
 from yarl import URL
 
 from proxy.access.authorization import Authorizer
-from proxy.admin.drills import DrillControl, resume
-from proxy.admin.peers import ServerProcesses, serve_state
-from proxy.admin.processes import state_of
 from proxy.config.errors import StartError
 from proxy.config.schema import TLS, Config
 from proxy.namespaces.composition import compose
 from proxy.namespaces.hooks import Hooks
 from proxy.namespaces.routing import Namespaces
+from proxy.processes.drills import DrillControl, resume
+from proxy.processes.server_processes import ServerProcesses, serve_state
+from proxy.processes.state import state_of
 from proxy.server import make_room
 from proxy.server.access import access_control, needed
 from proxy.server.fleet_member import FleetMember
 from proxy.server.health import Health
-from proxy.server.housekeeping import Housekeeper
+from proxy.server.housekeeping import Housekeeper, warm_schedule
 from proxy.server.observation import Observation
 from proxy.server.process_name import show_as
 from proxy.server.supervisor import Assignment
@@ -169,7 +169,9 @@ class ServerProcess:
     async def _prepare_housekeeping(self) -> None:
         """Raises StartError."""
         self._dispatcher = self._webhook_dispatcher()
-        self.housekeeper = Housekeeper(self.composition, self._state.forget, self._dispatcher)
+        self.housekeeper = Housekeeper(
+            self.composition, warm_schedule(self.composition, self._state.forget), self._dispatcher
+        )
         self._processes = ServerProcesses(self._state, self._run)
         self._health = Health(self.composition, self._processes, lambda: self._draining)
         self._closing.push_async_callback(self._health.close)

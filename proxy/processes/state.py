@@ -10,15 +10,13 @@ from typing import Protocol, TypeVar, runtime_checkable
 import msgspec
 import structlog
 
-from proxy.admin.activity_reports import EndedFillRow
-from proxy.admin.models import SpanRow
-from proxy.admin.reports import RefusalRow
 from proxy.cache.cache import Cache
 from proxy.cache.drill import Drill
 from proxy.cache.fill import EndedFill, Fill
 from proxy.cache.fills import Fills
 from proxy.extensions.extension import ExtensionState
 from proxy.namespaces.composition import Composition
+from proxy.processes.rows import EndedFillRow, RefusalRow, SpanRow
 from proxy.telemetry.metrics import PEERS, Metrics
 from proxy.telemetry.recent_requests import RequestTotals, SlowRequest
 from proxy.upstream.breaker import HostState
@@ -253,3 +251,19 @@ def _upstream(namespace: str, state: HostState, now: float) -> UpstreamState:
 def _sum(numbers: Iterable[int | None]) -> int | None:
     known = [number for number in numbers if number is not None]
     return sum(known) if known else None
+
+
+def refusals(states: Iterable[UpstreamState]) -> list[RefusalRow]:
+    """The latest refusal of each credential by each host."""
+    rows = sorted((row for each in states for row in each.refused), key=lambda row: row.at)
+    return list({(row.credential, row.host): row for row in rows}.values())
+
+
+def refusal_notes(states: Sequence[UpstreamState]) -> list[str]:
+    """A sentence for each credential that is refused."""
+    names = dict.fromkeys(each.namespace for each in states)
+    return [
+        f"{name}: {row.host} refused credential {row.credential} with status {row.status}"
+        for name in names
+        for row in refusals(each for each in states if each.namespace == name)
+    ]

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from proxy.admin.peers import ServerProcesses
 from proxy.cache.drill import Drill, DrillOrder, DrillState, merged
+from proxy.processes.server_processes import ServerProcesses
 from proxy.telemetry.metrics import Metrics
 from storage.errors import Denied
 

@@ -25,10 +25,10 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from proxy.admin.activity_reports import EndedFillRow
-from proxy.admin.processes import FillState, ForgetRequest, ProcessReport, ProcessState
 from proxy.cache.drill import DrillOrder, DrillState
 from proxy.connections.failures import reason
+from proxy.processes.rows import EndedFillRow
+from proxy.processes.state import FillState, ForgetRequest, ProcessReport, ProcessState
 from proxy.web.sockets import bind_unix
 from proxy.web.tls_listener import PlainSite
 from storage.errors import Unsupported

@@ -1,0 +1,1 @@
+"""The processes of one server: what each says of itself, and how it asks all of them."""

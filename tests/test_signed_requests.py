@@ -16,11 +16,17 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from storage.bucket import signed_requests as module
 from storage.bucket.blobs import BucketBlobs
 from storage.bucket.objects import PART, Bucket, healthy
 from storage.bucket.settings import BucketSettings
-from storage.bucket.signed_requests import NOTHING, BucketRefused, SignedRequests, authorize, signed_requests
+from storage.bucket.signed_requests import (
+    NOTHING,
+    REST,
+    BucketRefused,
+    SignedRequests,
+    authorize,
+    signed_requests,
+)
 from storage.disk.records import SQLiteRecords
 from storage.errors import Unavailable
 from storage.keys import LEFTOVER
@@ -87,10 +93,8 @@ class Place:
     """A bucket with requests of its own, and a file that is put into it."""
 
     def __init__(self, settings: BucketSettings, directory: Path) -> None:
-        store = settings.connect()
-        requests = signed_requests(settings, store)
-        assert requests is not None
-        self.requests: SignedRequests = requests
+        self.ticks, store = Clock(), settings.connect()
+        self.requests = requests = SignedRequests(settings, store, settings.secret_key, self.ticks)
         health = healthy(settings.url, directory)
         self.bucket = Bucket(store, settings.url, health, settings.storage_class, requests=requests)
         self.source = directory / "source"
@@ -153,7 +157,7 @@ async def test_what_greets_everybody_has_stored_nothing(fake: FakeBucket, tmp_pa
 
 @pytest.mark.parametrize("fault", ["refused", "cut"])
 async def test_what_is_refused_is_put_otherwise_for_a_while(
-    fake: FakeBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    fake: FakeBucket, tmp_path: Path, fault: str
 ) -> None:
     async def cut(request: web.Request) -> web.StreamResponse:
         await request.read()
@@ -161,8 +165,6 @@ async def test_what_is_refused_is_put_otherwise_for_a_while(
         request.transport.close()
         return web.Response()
 
-    ticks = Clock()
-    monkeypatch.setattr(module.time, "monotonic", ticks)
     place = Place(fake.settings(), tmp_path)
     fake.spoilt["PUT"] = [answer(501, "NotImplemented") if fault == "refused" else cut]
     await place.put()
@@ -170,7 +172,7 @@ async def test_what_is_refused_is_put_otherwise_for_a_while(
     asked = len(fake.asked)
     await place.put()
     assert fake.asked[asked].startswith("POST")
-    ticks.advance(module.REST)
+    place.ticks.advance(REST)
     await place.put()
     assert fake.asked[-1] == "PUT pre/fix/key"
     assert fake.objects == {"pre/fix/key": LARGE}

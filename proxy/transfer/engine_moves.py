@@ -30,6 +30,7 @@ from storage.disk.troubles import Troubles
 from storage.keys import API_KEY, KEY_USED, PIN, SIGNING, RecordKind
 from storage.migration.cache_copy import CacheCopy
 from storage.migration.move import EngineMove, MoveReport, NotMovable
+from storage.oci import Digest
 from storage.records import Records
 from storage.store import Store
 from storage.writers import FILES, KEY, LEFT, Writers
@@ -212,10 +213,10 @@ class EngineMoves:
         """Bytes per second into the bucket, by an object that is deleted again."""
         bucket, key = cast("BucketBlobs", target).bucket, f"probe-{os.urandom(8).hex()}"
         with tempfile.TemporaryFile(dir=target.root) as file:
-            file.write(os.urandom(PROBE))
+            file.write(content := os.urandom(PROBE))
             file.flush()
-            begun = time.monotonic()
-            await bucket.put(key, Path(f"/proc/self/fd/{file.fileno()}"), PROBE)
+            digest, begun = Digest.of(content), time.monotonic()
+            await bucket.put(key, Path(f"/proc/self/fd/{file.fileno()}"), PROBE, digest)
             seconds = time.monotonic() - begun
         await run_in_thread(bucket.delete, key)
         return PROBE / seconds

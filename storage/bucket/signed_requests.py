@@ -14,7 +14,7 @@ import hmac
 import os
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from datetime import timedelta
 from functools import reduce
@@ -44,12 +44,22 @@ class BucketRefused(Exception):
 
 
 class SignedRequests:
-    """Requests to the bucket of `store`, with a secret that is known.  Methods block."""
+    """Requests to the bucket of `store`, with a secret that is known.  Methods block.
 
-    def __init__(self, settings: BucketSettings, store: ObjectStore, secret: str) -> None:
+    ticks: seconds of a clock that nobody sets
+    """
+
+    def __init__(
+        self,
+        settings: BucketSettings,
+        store: ObjectStore,
+        secret: str,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._secret = secret
+        self._ticks = ticks
         self._until = -float("inf")
         # What only the environment says of encryption is for obstore to read.
         named = any(name.startswith(("AWS_SERVER_SIDE", "AWS_SSE")) for name in os.environ)
@@ -58,14 +68,14 @@ class SignedRequests:
     @property
     def puts(self) -> bool:
         """Whether to put objects so is better: over http, and unless that has just failed."""
-        return self._better and time.monotonic() >= self._until
+        return self._better and self._ticks() >= self._until
 
     def put(self, key: str, source: Path, size: int, hashed: str) -> None:
         """Make an object of a file with this SHA-256 by one request.  Raises BucketRefused, OSError."""
         try:
             self._put(key, source, size, hashed)
         except (BucketRefused, OSError):
-            self._until = time.monotonic() + REST
+            self._until = self._ticks() + REST
             raise
 
     def _put(self, key: str, source: Path, size: int, hashed: str) -> None:

@@ -123,6 +123,13 @@ async def test_over_http_one_request_puts_what_is_hashed(fake: FakeBucket, tmp_p
     assert (fake.asked[-1], fake.objects["pre/fix/empty"]) == ("PUT pre/fix/empty", b"")
 
 
+async def test_an_empty_object(fake: FakeBucket, tmp_path: Path) -> None:
+    place, empty = Place(fake.settings(), tmp_path), tmp_path / "empty"
+    empty.touch()
+    await place.bucket.put("key", empty, 0, Digest.of(b""))
+    assert (fake.asked, fake.objects) == (["PUT pre/fix/key"], {"pre/fix/key": b""})
+
+
 async def test_it_has_the_class_and_the_encryption_that_are_set(fake: FakeBucket, tmp_path: Path) -> None:
     seen = list[dict[str, str]]()
 

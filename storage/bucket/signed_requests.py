@@ -171,8 +171,8 @@ def _exchange(
             connection.putheader(name, value)
         connection.endheaders()
         connection.sock.settimeout(ANSWERED)
-        if file is not None:
-            connection.sock.sendfile(file, count=int(headers["content-length"]))
+        if file is not None and (size := int(headers["content-length"])):  # it refuses to send nothing
+            connection.sock.sendfile(file, count=size)
         answer = connection.getresponse()
         return answer, answer.read()
     except HTTPException as error:

@@ -25,6 +25,11 @@ PAUSE = 1.0  # seconds between two looks whether it answers again
 RETRY_AFTER = 5.0  # seconds, told to clients
 
 
+def _silence() -> StorageUnavailable:
+    cause = "its database does not answer"
+    return StorageUnavailable("the database does not answer", cause=cause, retry_after=RETRY_AFTER)
+
+
 class PatientStore(Store):
     """A store that asks for its records with limited patience.
 
@@ -54,16 +59,26 @@ class PatientStore(Store):
         Raises StorageFailed: StorageUnavailable at once while the database is silent.  Work that nobody
         waits for any more goes on.
         """
-        if self._looking is None:
-            answer = self._begin(work, *arguments)
-            if (await asyncio.wait([answer], timeout=PATIENCE))[0]:
-                return answer.result()
-            if self._looking is None:
-                self._looking = asyncio.get_running_loop().create_task(self._look())
-        cause = "its database does not answer"
-        raise StorageUnavailable("the database does not answer", cause=cause, retry_after=RETRY_AFTER)
+        answer = self._begin(work, *arguments)
+        if await self._comes(answer):
+            return answer.result()
+        raise _silence()
 
     def _begin(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        """Begin to ask the database.  Raises StorageUnavailable while it is silent."""
+        if self._looking is not None:
+            raise _silence()
+        return self._submit(work, *arguments)
+
+    async def _comes(self, answer: asyncio.Future[Any]) -> bool:
+        """Whether an answer comes in time; if it does not, the database is silent."""
+        if (await asyncio.wait([answer], timeout=PATIENCE))[0]:
+            return True
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+        return False
+
+    def _submit(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         answer = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         self._asking.add(answer)
         answer.add_done_callback(self._ended)
@@ -79,7 +94,7 @@ class PatientStore(Store):
         with suppress(StorageFailed):
             while True:
                 try:
-                    await asyncio.shield(self._begin(self.records.holds, ""))
+                    await asyncio.shield(self._submit(self.records.holds, ""))
                     break
                 except StorageUnavailable:
                     await asyncio.sleep(PAUSE)
@@ -113,13 +128,20 @@ class RememberingStore(PatientStore):
         self._writing: asyncio.Future[None] | None = None
 
     async def read(self, work: Callable[..., T], *arguments: object) -> T:
+        answer: asyncio.Future[T] | None = None
         try:
-            found: T = await self.ask(self._remembered.noting, work, *arguments)
+            answer = self._begin(self._remembered.noting, work, *arguments)
+            if not await self._comes(answer):
+                raise _silence()
+            found = answer.result()
         except StorageUnavailable as error:
             try:
                 return self._remembered.recalling(work, *arguments)
             except NotRemembered:
-                raise error from None
+                if answer is None:
+                    raise error from None
+            await asyncio.wait([answer])  # there is nothing better; this ends, too
+            found = answer.result()
         if self._remembered.memory.waits and self._writing is None:
             self._writing = self._begin_writing()
         return found

@@ -26,6 +26,7 @@ from storage.oci import Digest, Tag
 from tests import fleet as fleets
 from tests.conftest import OPEN, Clock
 from tests.fleet import Replica, Replicas, free_ports, replicas
+from tests.pulls import FRESH
 from tests.test_peers import BUSYBOX, LATEST, NAME, cached, image_of
 from tests.upstream import Hold, Upstream
 
@@ -97,16 +98,44 @@ async def test_who_answers_for_itself_alone_says_so(fleet: Replicas, upstream: U
     for replica in (owner, others[0]):
         await pulled(replica)
         one = Operator(replica)
-        history, scrub = await one.ask.history(TAG), await one.ask.scrub()
-        assert {history.replica, scrub.replica, (await one.ask.scrubbing()).replica} == {replica.url}
+        scrub = await one.ask.scrub()
+        assert {scrub.replica, (await one.ask.scrubbing()).replica} == {replica.url}
         found = await one.ask.find("docker.io/**")
         assert (found.replica, found.matched) == (replica.url, 1)
-        for table in (*history_tables(history, 0.0), *scrub_tables(scrub, 0.0)):
+        for table in scrub_tables(scrub, 0.0):
             assert any(replica.url.removeprefix("http://") in note for note in table.notes)
     found = await Operator(others[1]).ask.find("docker.io/**")
     assert (found.replica, found.matched) == (others[1].url, 0)
     alone = msgspec.structs.replace(scrub, replica=None)
     assert not any("replica" in note for table in scrub_tables(alone, 0.0) for note in table.notes)
+
+
+async def test_the_history_of_a_tag_is_told_by_replica(
+    fleet: Replicas, upstream: Upstream, clock: Clock
+) -> None:
+    image_of(upstream)
+    owner, other, third = fleet.ranked(NAME)
+    start = clock()
+    for replica in (owner, other):
+        await pulled(replica)
+        clock.advance(60)
+    shown = [(row.since - start, row.replica) for row in (await Operator(third).ask.history(TAG)).rows]
+    assert shown == [(60.0, other.url), (0.0, owner.url)]
+    for replica in fleet.all:
+        await pulled(replica)
+    former = await Operator(third).ask.history(TAG)
+    clock.advance(FRESH + 1)
+    moved = upstream.image("library/busybox", "latest", [b"another layer"])
+    for replica in fleet.all:
+        await pulled(replica)
+    for each in operators(fleet):
+        found = await each.ask.history(TAG)
+        assert [(row.digest, row.since, row.replica) for row in found.rows[:1]] == [
+            (moved.digest, clock(), None)
+        ]
+        assert [row.replica for row in found.rows[1:]] == [row.replica for row in former.rows]
+        (table,) = history_tables(found, clock())
+        assert [row[-1] for row in table.rows][:2] == ["all", third.url.removeprefix("http://")]
 
 
 async def test_pages_have_each_image_once(fleet: Replicas, upstream: Upstream) -> None:

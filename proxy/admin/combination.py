@@ -6,12 +6,13 @@ its URL.  Numbers of what was done are sums over the replicas.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
-from proxy.admin import activity_reports, extension_reports, models, policy_reports, reports
+from proxy.admin import activity_reports, extension_reports, models, policy_reports, reports, tag_reports
 from proxy.admin.answers import SAME, Answers, of_replica, summed, told_apart, total_of
 from proxy.admin.inventory import image_name
 from proxy.admin.rows import day_row, stats_row
@@ -110,6 +111,19 @@ def _held(node: models.ImageNode, stored: Mapping[str, set[str]]) -> models.Imag
         replicas=[] if len(holding) == len(stored) else holding,
         children=[_held(each, stored) for each in node.children],
     )
+
+
+def history(answers: Answers[tag_reports.TagHistory]) -> tag_reports.TagHistory:
+    """What the tag stood for at each replica, the latest first: each knows what it has served."""
+    times: dict[int, tuple[str, int]] = {}  # for how many times a replica has had a digest
+    for each in answers.all:
+        seen: Counter[str] = Counter()
+        for row in each.rows:
+            seen[row.digest] += 1
+            times[id(row)] = row.digest, seen[row.digest]
+    rows = told_apart(_each(answers, "rows"), lambda row: times[id(row)])
+    rows.sort(key=lambda row: row.since, reverse=True)
+    return msgspec.structs.replace(answers.first, rows=rows)
 
 
 def pins(answers: Answers[list[models.PinRow]]) -> list[models.PinRow]:
@@ -315,6 +329,7 @@ COMBINE: Mapping[str, Callable[[Answers[Any]], Any]] = {
     "repositories": repositories,
     "images": images,
     "show": tree,
+    "history": history,
     "stats": stats,
     "diff": first,
     "config": first,

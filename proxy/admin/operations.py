@@ -323,7 +323,7 @@ OPERATIONS = {
         Operation(Operations.images, "GET", "images", summary=True, everywhere=True),
         Operation(Operations.find, "GET", "find", summary=True),
         Operation(Operations.show, "GET", "image", everywhere=True),
-        Operation(Operations.history, "GET", "history"),
+        Operation(Operations.history, "GET", "history", everywhere=True),
         Operation(Operations.diff, "GET", "diff", anywhere=True),
         Operation(Operations.stats, "GET", "stats", summary=True, everywhere=True),
         Operation(Operations.fills, "GET", "fills", everywhere=True),

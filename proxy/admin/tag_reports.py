@@ -12,7 +12,7 @@ from proxy.processes.rows import Model, ReplicaModel
 Change: TypeAlias = Literal["added", "removed", "changed", "same"]
 
 
-class HistoryRow(Model, frozen=True):
+class HistoryRow(ReplicaModel, frozen=True):
     """A digest that a tag stood for, from `since` until `until`; None if it still does, as far as is known.
 
     `stored` says whether the manifest is, `complete` whether all of the image is.  `bytes_whole` is the size
@@ -28,7 +28,7 @@ class HistoryRow(Model, frozen=True):
     platforms: list[str]
 
 
-class TagHistory(ReplicaModel, frozen=True):
+class TagHistory(Model, frozen=True):
     """What a tag stood for, the latest first."""
 
     repository: str

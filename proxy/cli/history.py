@@ -10,7 +10,7 @@ from proxy.admin import tag_reports
 from proxy.cli.completion import references
 from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
-from proxy.cli.replicas import named
+from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
 from proxy.config.quantities import format_past, format_size
 from storage.names import written
@@ -46,7 +46,7 @@ def history_tables(found: tag_reports.TagHistory, now: float) -> Sequence[Table]
             ("completely" if each.complete else "partially") if each.stored else "no",
             " ".join(each.platforms),
         )
-    return [named(table, found)]
+    return [by_replica(table, found.rows)]
 
 
 @command()

@@ -9,7 +9,7 @@ from proxy.cli.context import CommandContext, common
 from proxy.cli.help import command
 from proxy.cli.replicas import by_replica
 from proxy.cli.tables import Column, Table
-from proxy.config.quantities import format_time
+from proxy.config.quantities import format_past
 
 
 @command()
@@ -44,7 +44,7 @@ def extension_tables(found: Sequence[extension_reports.ExtensionRow], now: float
             str(each.calls),
             str(each.failures),
             each.state,
-            f"since {format_time(each.failing_since, now)}: {each.error}" if failing else "",
+            f"since {format_past(each.failing_since, now)}: {each.error}" if failing else "",
         )
     return [by_replica(table, found)]
 

@@ -31,6 +31,7 @@ from proxy.admin import (
 from proxy.admin.api.app import OPEN, SUMMARIES, application
 from proxy.admin.api.routes import SUMMARY
 from proxy.namespaces.composition import compose
+from proxy.processes import rows
 from proxy.telemetry.metrics import Metrics
 from proxy.transfer import results
 from storage.errors import StorageFailed, Unavailable
@@ -211,11 +212,12 @@ def test_every_schema_is_that_of_its_struct() -> None:
             tag_reports,
             key_reports,
             extension_reports,
+            rows,
         )
         for each in vars(module).values()
         if isinstance(each, type) and each.__module__ == module.__name__
     ]
-    structs = {each.__name__: each for each in kinds if each not in (models.Model, models.ReplicaModel)}
+    structs = {each.__name__: each for each in kinds if each not in (rows.Model, rows.ReplicaModel)}
     told = (
         results.BundleImported,
         results.BoundRow,

@@ -88,7 +88,7 @@ class SignedRequests:
             "x-amz-server-side-encryption-aws-kms-key-id": settings.encryption_key,
         }
         with source.open("rb") as file:
-            self._ask("PUT", self._url(key), {}, headers, hashed, file if size else None, size)
+            self._ask("PUT", self._url(key), {}, headers, hashed, file, size)
 
     def abort(self, key: str) -> None:
         """Abort the uploads to this key that have not ended.  Raises BucketRefused, OSError."""

@@ -31,6 +31,10 @@ class Authority:
         replace(key, issued.private_key_pem.bytes())
         return {"certificate": str(certificate), "key": str(key)}
 
+    def write_key(self) -> None:
+        """Its own key, beside `ca`, for a server that issues certificates in its name."""
+        self._ca.private_key_pem.write_to_path(str(self.ca.with_suffix(".key")))
+
     def client(self, own: dict[str, str] | None = None) -> ssl.SSLContext:
         """Of a client that trusts it, and shows `own`."""
         context = ssl.create_default_context(cafile=self.ca)

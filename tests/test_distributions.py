@@ -26,6 +26,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.once import built_once
 from tests.processes import Server
 from tests.test_docs import ROOT, SOURCES
 from tests.test_layers import statements
@@ -75,18 +76,18 @@ BUILT = {SITE / "index.html", SITE / "files" / "deploy" / "entrepot.service", SI
 PAGE = "<!doctype html><title>Built before</title>"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with sdist and wheel; the wheel is built from the sdist."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    source = tmp_path_factory.mktemp("source")
     for name in repository():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
     for page in BUILT:
         (source / page).parent.mkdir(parents=True, exist_ok=True)
         (source / page).write_text(PAGE)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", built, ".", cwd=source)
-    return built
+    words = (sys.executable, "-m", "build", "--no-isolation", "--outdir")
+    return built_once(tmp_path_factory, "built", lambda place: run(*words, place, ".", cwd=source))
 
 
 def needed() -> Iterator[metadata.Distribution]:

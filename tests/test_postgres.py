@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -180,6 +181,14 @@ def test_commits_are_durable_whatever_the_default_is(postgres_server: PostgresSe
         assert _setting(records, "synchronous_commit") == "on"
     with closing(PostgresRecords(f"{url}%20-csynchronous_commit%3Dremote_apply")) as records:
         assert _setting(records, "synchronous_commit") == "remote_apply"
+
+
+def test_a_database_of_any_encoding_will_do(postgres_server: PostgresServer, url: str) -> None:
+    """SQL_ASCII is that of a cluster that was made where no locale is set."""
+    ask(url, "CREATE DATABASE ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    found: list[str] = []
+    PostgresRecords(postgres_server.url().replace("/postgres?", "/ascii?"), check=found.append).close()
+    assert re.fullmatch("[0-9a-f-]{36}", found[0])
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ ANSWER = 20.0  # seconds that it waits for the end of a statement
 # What the URL does not say.  A server that is gone without a word is noticed by the lack of its answers.
 _SETTINGS = {
     "application_name": "entrepot",
+    "client_encoding": "utf8",  # in that of the database, text would be bytes where it is SQL_ASCII
     "connect_timeout": "5",  # seconds, for each host of the URL
     "keepalives_idle": "10",
     "keepalives_interval": "5",

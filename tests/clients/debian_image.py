@@ -30,7 +30,8 @@ if [ ! -e data/PG_VERSION ]; then
     echo "CREATE DATABASE $POSTGRES_USER" |
         setpriv --reuid=postgres --regid=postgres --clear-groups postgres --single -D data template1
 fi
-exec setpriv --reuid=postgres --regid=postgres --clear-groups postgres -D data -c listen_addresses='*' -c unix_socket_directories=/tmp
+exec setpriv --reuid=postgres --regid=postgres --clear-groups postgres -D data -c listen_addresses='*' \\
+    -c unix_socket_directories=/tmp
 """
 
 
@@ -46,6 +47,25 @@ def files(packages: Iterable[str]) -> set[str]:
         re.sub("^/(lib|lib64)/", r"/usr/\1/", each) for each in re.findall(r"/\S+(?= \(0x)", done.stdout)
     }
     return found | needed | {str(Path(each).resolve()) for each in needed}
+
+
+def closure(*names: str) -> list[str]:
+    """The essential packages, these, and those that they depend on, as they are installed."""
+    known = _lines("dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status} ${Essential}\n")
+    installed = {name: essential for name, state, *essential in map(str.split, known) if state == "installed"}
+    wanted = [*names, *(name for name, essential in installed.items() if essential == ["yes"])]
+    only = (
+        f"--no-{each}" for each in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+    )
+    listed = _lines("apt-cache", "depends", "--recurse", "--installed", *only, *wanted)
+    return sorted(installed.keys() & {line for line in listed if line[0].isalnum()})
+
+
+def status(packages: Iterable[str]) -> str:
+    """What dpkg is to know of these packages."""
+    wanted = {f"Package: {each}" for each in packages}
+    paragraphs = Path("/var/lib/dpkg/status").read_text().split("\n\n")
+    return "".join(f"{each}\n\n" for each in paragraphs if each.partition("\n")[0] in wanted)
 
 
 def _lines(*command: str) -> list[str]:

@@ -22,7 +22,7 @@ from tests.clients.processes import Process, require, run
 
 # Of RFC 5737: those of the machine, and of what it reaches.
 ADDRESS, INTERNET, ELSEWHERE = "192.0.2.2", "192.0.2.1", "192.0.2.3"
-PATIENCE = 240.0  # seconds for a script, or a start, on a busy machine
+PATIENCE = 800.0  # seconds for a script, or a start, on a busy machine
 # Directories that are empty at first: without what is no part of Debian, and without its servers, so that apt
 # has no more than what is installed; what containers have cannot lie on an overlay.
 OWN = ("tmp", "run", "dev", "dev/shm", "root", "home", "opt", "srv", "usr/local")

@@ -130,6 +130,7 @@ def test_each_file_is_started(machine: Machine) -> None:
     follow("monitoring.yml", " prometheus")
     rules = json.loads(machine.run("curl --fail --silent http://127.0.0.1:9090/api/v1/rules"))
     assert len(rules["data"]["groups"]) > 1
-    targets = json.loads(machine.run("curl --fail --silent http://127.0.0.1:9090/api/v1/targets"))
-    assert [each["labels"]["job"] for each in targets["data"]["activeTargets"]] == ["entrepot"]
+    assert "entrepot:5001" in machine.run("curl --fail --silent http://127.0.0.1:9090/api/v1/status/config")
+    machine.run("docker exec compose_entrepot_1 entrepot health --wait 60s")
+    machine.run("docker exec compose_prometheus_1 wget --quiet -O- http://entrepot:5001/metrics")
     page.check_whole()

@@ -22,7 +22,7 @@ from tests.clients.surroundings import (
 from tests.test_distributions import built
 
 __all__ = ["built"]  # a fixture
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture

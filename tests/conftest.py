@@ -81,7 +81,16 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000, 10, 10)  # the objects of a server, most of which go with their test
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Let it ignore what a module of tests leaves for good: modules, reports, what is cached."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -222,7 +231,8 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
     """Start a server: `await serve(upstream, key=value…)`, the keys being those of namespace docker.io.
 
     `top` are keys of the configuration's top level, `options` of the upstream, `more` further namespaces.
-    Where there are stores, everybody may push to them unless `top` has an `access`.
+    Where there are stores, everybody may push to them unless `top` has an `access`.  The admin listener has
+    no pages, which are a fifth of a start: tests of them set `admin_ui`.
     """
     sites: list[Site] = []
 
@@ -244,6 +254,7 @@ async def serve(tmp_path: Path, clock: Clock) -> AsyncIterator[Serve]:
                 {
                     "listen": "127.0.0.1:0",
                     "admin": "127.0.0.1:0",
+                    "admin_ui": "off",
                     "drain": "1s",
                     "disk": {"path": str(directory)},
                     "namespaces": {

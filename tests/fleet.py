@@ -64,10 +64,11 @@ class Replicas:
 
 
 async def start(directory: Path, clock: Clock, tree: dict[str, Any], tracer: Tracer | None = None) -> Replica:
-    """A server with its own disk in `directory`, and the keys of `tree`."""
+    """A server with its own disk in `directory`, and the keys of `tree`; without pages unless they say so."""
     directory.mkdir(parents=True, exist_ok=True)
     base = {
         "admin": "127.0.0.1:0",
+        "admin_ui": "off",
         "drain": "1s",
         "disk": {"path": str(directory / "disk")},
     }

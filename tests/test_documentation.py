@@ -112,7 +112,7 @@ async def test_an_installation_without_the_site_says_how_to_build_it(tmp_path: P
 async def test_the_admin_listener_has_it_for_everybody(
     serve: Serve, upstream: Upstream, top: dict[str, str]
 ) -> None:
-    site = await serve(upstream, top=top)
+    site = await serve(upstream, top={"admin_ui": "on", **top})
     async with aiohttp.ClientSession(str(site.app.admin_url)) as session:
         async with session.get("/docs/", headers={"Host": "admin.example"}) as answer:
             assert "documentation" in await answer.text()  # or what says that it is not built

@@ -250,20 +250,23 @@ async def test_an_image_is_ready_if_any_replica_has_it(fleet: Replicas, upstream
     assert (row.state, row.replica) == ("complete", None)
 
 
-async def test_the_web_page_says_whose_rows_it_shows(fleet: Replicas, upstream: Upstream) -> None:
+async def test_the_web_page_says_whose_rows_it_shows(
+    tmp_path: Path, clock: Clock, upstream: Upstream
+) -> None:
     image_of(upstream)
-    owner, other, third = fleet.ranked(NAME)
-    await pulled(owner)
-    await third.stop()
-    page = str(other.app.admin_url).rstrip("/") + "/ui/"
-    for screen in ("repositories", "", "storage", "transfers", "policy", "audit"):
-        async with other.session.get(page + screen) as response:
-            assert response.status == 200, await response.text()
-            text = await response.text()
-        if screen in ("repositories", "storage", "transfers"):
-            assert f"{third.url} cannot be reached" in text, screen
-        if screen == "repositories":
-            assert f'{NAME}</a> <small class="soft">{owner.url.removeprefix("http://")}</small>' in text
+    async with replicas(3, tmp_path, clock, cached(upstream), {"admin_ui": "on"}) as fleet:
+        owner, other, third = fleet.ranked(NAME)
+        await pulled(owner)
+        await third.stop()
+        page = str(other.app.admin_url).rstrip("/") + "/ui/"
+        for screen in ("repositories", "", "storage", "transfers", "policy", "audit"):
+            async with other.session.get(page + screen) as response:
+                assert response.status == 200, await response.text()
+                text = await response.text()
+            if screen in ("repositories", "storage", "transfers"):
+                assert f"{third.url} cannot be reached" in text, screen
+            if screen == "repositories":
+                assert f'{NAME}</a> <small class="soft">{owner.url.removeprefix("http://")}</small>' in text
 
 
 # What operators do

@@ -601,7 +601,7 @@ async def test_requests_of_administrators(
     serve: Serve, upstream: Upstream, image: Image, collector: Collector, tracer: Make
 ) -> None:
     traced = tracer()
-    site = await serve(upstream, tracer=traced)
+    site = await serve(upstream, top={"admin_ui": "on"}, tracer=traced)
     admin = site.app.admin_url
     assert admin is not None
     sent = {"traceparent": SAMPLED, "User-Agent": "test"}

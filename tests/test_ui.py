@@ -75,7 +75,7 @@ async def browse(serve: Serve, upstream: Upstream) -> AsyncIterator[Open]:
     sessions = []
 
     async def start(**top: Any) -> Browser:
-        site = await serve(upstream, top=top)
+        site = await serve(upstream, top={"admin_ui": "on", **top})
         session = aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True))
         sessions.append(session)
         return Browser(session, str(site.app.admin_url).rstrip("/"))

@@ -115,6 +115,7 @@ async def open_shop(serve: Serve, upstream: Upstream, clock: Clock, directory: P
     clock.now = 1_790_000_000.0
     audit = directory / "audit.log"
     tree = {
+        "admin_ui": "on",
         "audit": {"file": str(audit)},
         "policy": {"rules": RULES, "moves": [APPROVAL]},
         "pins": [{"match": "docker.io/library/base:*"}],

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -66,7 +67,9 @@ ROOM = 8 << 30  # bytes; a run takes less than 2 GiB of them
 def pytest_configure(config: pytest.Config) -> None:
     """Put the directories of tests into memory if there is room: thousands of them wait for a disk."""
     if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, _available()) >= ROOM:
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+        for name in ("PYTEST_DEBUG_TEMPROOT", "TMPDIR"):  # of tests, and of what has to be short: sockets
+            os.environ.setdefault(name, str(MEMORY))
+        tempfile.tempdir = None  # it may be known already
     # For each test, pytest-rerunfailures sends its controller two small messages.  The kernel holds back the
     # second until it hears that the first has come (RFC 896): 40 ms later, and most tests take less.
     if isinstance(to := getattr(getattr(config, "failures_db", None), "sock", None), socket.socket):
@@ -111,8 +114,8 @@ def _available() -> int:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """For --numprocesses=auto: as many as cores, and one more for tests that wait for other processes."""
-    return (os.cpu_count() or 1) + (config.getoption("markexpr") != "not clients")
+    """For --numprocesses=auto: as many as cores, and one more, since tests wait."""
+    return (os.cpu_count() or 1) + 1
 
 
 Serve = Callable[..., Awaitable["Site"]]

@@ -72,6 +72,7 @@ async def test_sha512_is_copied(registry: Registry) -> None:  # noqa: F811
     assert made.status == 201
     await registry.evict()
     assert (await registry.ask("GET", f"{APP}/blobs/{digest}")).content_read == LAYER
+    await registry.filled()
     assert registry.copies == {str(digest)}
 
 
@@ -83,6 +84,7 @@ async def test_a_range_is_read_as_a_range(registry: Registry) -> None:  # noqa: 
     assert [each.partition(" bytes=")[2] for each in registry.fake.asked] == ["100-199"]
     whole = await registry.ask("GET", path, Range="bytes=0-")  # as containerd asks for all of it
     assert (whole.status, whole.content_read) == (206, LAYER)
+    await registry.filled()
     assert registry.copies == {path.rpartition("/")[2]}
 
 

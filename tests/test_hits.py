@@ -369,7 +369,7 @@ class Changes:
         await self.pair.each(work)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(each, marks=pytest.mark.clients) for each in (1, 2))])
 async def test_both_ways_are_the_same(
     pair: Callable[..., Any],
     upstream: Upstream,

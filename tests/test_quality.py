@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.clients
 
 
 @pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "mypy"])

@@ -184,6 +184,7 @@ def test_a_file_that_is_no_database_makes_way(directory: Path, content: bytes, e
     records.close()
 
 
+@pytest.mark.clients
 @pytest.mark.errors("records.damaged", "disk.failed")
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],

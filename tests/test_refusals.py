@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxy.cache import parts, rest
+from proxy.cache.fetcher import HEARING
 from proxy.cache.policy import Threshold
 from proxy.cache.refusals import LASTING, RECENT, REST, RangeRefusals
 from storage.errors import OriginFailed, RegistryError, TooManyRequests
@@ -30,13 +31,14 @@ LATER = {"Retry-After": "7"}
 async def rig(
     tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Rig]:
-    """Time passes while something waits for it."""
+    """Time passes while something waits for it; but looks for notes of other processes take their time."""
     sleep = asyncio.sleep
 
     async def pass_time(seconds: float) -> None:
-        if seconds > 0.2:
+        if seconds > HEARING:
             clock.advance(seconds)
-        await sleep(0)
+            seconds = 0
+        await sleep(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", pass_time)
     monkeypatch.setattr(rest, "LINGER", 0.0)

@@ -22,6 +22,7 @@ from storage.errors import OriginTimeout, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest, Span
 from storage.registry import ReadInto
 from tests.objects import FakeBucket, answer
+from tests.pools import PORTS
 from tests.relay import Relay, server_side
 from tests.test_bucket_server import Registry, registry  # noqa: F401  a fixture
 from tests.test_copies import blob_of
@@ -181,6 +182,7 @@ async def test_the_authority_and_the_proxy_that_are_set_serve_both_ways(
     tls = server_side(authority) if through == "TLS" else None
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     async with Relay(place.fake.port, tls) as relay:
+        PORTS.add(relay.port)
         here = f"http://127.0.0.1:{relay.port}"
         endpoint = here.replace("http", "https") if tls else f"http://127.0.0.1:{place.fake.port}"
         given = {"ca": tmp_path / "ca.pem"} if tls else {"proxy": here}

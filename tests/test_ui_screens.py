@@ -181,6 +181,7 @@ def write_rows(root: Path, rows: Sequence[tuple[str, bytes]]) -> None:
         )
 
 
+@pytest.mark.clients
 async def test_a_hundred_thousand_repositories(screens: Screens) -> None:
     """First paint, search and order take not much longer than it takes to decode what is read."""
     count = 100_000

@@ -60,7 +60,7 @@ OPEN: dict[str, Any] = {"rules": [{"who": ["anonymous"], "may": ["pull", "push",
 
 DESCRIPTORS = "/proc/self/fd"
 MEMORY = Path("/dev/shm")  # Linux: a file system in memory
-ROOM = 8 << 30  # bytes; a run takes less than 2 GiB of them
+ROOM = 8 << 30  # bytes; a run takes some GiB, most of them for the storages of podman and dockerd
 
 
 @pytest.hookimpl(trylast=True)

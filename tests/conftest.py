@@ -96,6 +96,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.freeze()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A test with a database has a real server."""
+    if "postgres_server" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.clients)
+
+
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Name long bytes by their parameter: what is compressed differs between processes, by the time in it."""
     return argname if isinstance(val, bytes) and len(val) > 20 else None

@@ -148,7 +148,9 @@ def test_every_kind_of_record_is_considered() -> None:
     assert {each.name for each in OF_SERVERS} == OF_A_SERVER
 
 
-@pytest.fixture(params=["bucket", "database", "both"])
+@pytest.fixture(
+    params=["bucket", *(pytest.param(each, marks=pytest.mark.clients) for each in ("database", "both"))]
+)
 def engines(request: pytest.FixtureRequest, fake: FakeBucket) -> dict[str, str]:
     """What `shared` may name."""
     found = {} if request.param == "database" else in_bucket(fake)

@@ -23,7 +23,7 @@ from storage.records import Batch, Records, SharedRecords, batches
 
 T = TypeVar("T")
 
-KINDS = frozenset(kind.name for kind in (TAG, MANIFEST, LINK, OBJECT))
+PULLED = tuple(kind.prefix() for kind in (TAG, MANIFEST, LINK, OBJECT))
 USED = 7 * 86400.0  # seconds without a use after which a record is forgotten
 RENEWED = 86400.0  # seconds after which a use is recorded again
 LOOKED = 60.0  # seconds for which a process does not look again whether it has remembered a record
@@ -78,7 +78,7 @@ class RecordMemory:
 
     def note(self, key: str, value: bytes | None, at: float) -> None:
         """Remember, with the next write(), that a record was so; a read of it had begun `at` this time."""
-        if key.partition(" ")[0] not in KINDS:
+        if not key.startswith(PULLED):
             return
         mark = hash(value)
         with self._lock:

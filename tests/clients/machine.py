@@ -98,7 +98,19 @@ class Machine:
         told = place / "started"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as started:
             started.bind(str(told))
-            words = ["unshare", "--mount", "--net", "--fork", "--kill-child", "sh", "-c", START, "machine"]
+            words = [
+                "setpriv",
+                "--pdeathsig=KILL",
+                "unshare",
+                "--mount",
+                "--net",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-c",
+                START,
+                "machine",
+            ]
             self._holder = subprocess.Popen(
                 [*words, self._copy, told, self._group], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
@@ -185,10 +197,10 @@ class Machine:
 
     def stop(self) -> None:
         """End all that runs in it, and forget what it has written."""
-        for each in self._processes:
-            each.stop()
         self._holder.kill()
         self._holder.wait()
+        for each in self._processes:
+            each.stop()
         assert self._holder.stderr
         self._holder.stderr.close()
         if self._ended is not None:

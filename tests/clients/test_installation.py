@@ -93,8 +93,8 @@ def test_by_the_debian_package(machine: Machine, home: Path) -> None:
     )
     machine.path("/etc/entrepot/config.yml").write_text(CONFIGURATION)
     follow("entrepot check")
-    machine.run("skopeo copy --dest-tls-verify=false oci:/tmp/alpine docker://127.0.0.1:5000/team/app:1")
     follow("systemctl enable --now entrepot.socket")
+    machine.run("skopeo copy --dest-tls-verify=false oci:/tmp/alpine docker://127.0.0.1:5000/team/app:1")
     assert "team/app" in machine.run("entrepot ls")
     page.check_whole()
     machine.run(

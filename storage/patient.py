@@ -142,25 +142,28 @@ class RememberingStore(PatientStore):
                     raise error from None
             await asyncio.wait([answer])  # there is nothing better; this ends, too
             found = answer.result()
-        if self._remembered.memory.waits and self._writing is None:
-            self._writing = self._begin_writing()
+        if self._writing is None:
+            self._write()
         return found
 
-    def _begin_writing(self) -> asyncio.Future[None]:
-        writing = asyncio.get_running_loop().run_in_executor(None, self._remembered.memory.write)
-        writing.add_done_callback(self._written)
-        return writing
+    def _write(self) -> None:
+        """Begin to write down what waits for it."""
+        if self._remembered.memory.waits:
+            work = self._remembered.memory.write
+            self._writing = asyncio.get_running_loop().run_in_executor(None, work)
+            self._writing.add_done_callback(self._written)
 
     def _written(self, writing: asyncio.Future[None]) -> None:
         self._writing = None
         if not writing.cancelled():
             writing.exception()  # mark it as retrieved: the disk has logged it
+            self._write()  # what was noted meanwhile, which nobody may read again
 
     async def confirm(self) -> None:
         """Compare what is remembered with the database.  Raises StorageFailed."""
         await self.run(self._remembered.confirm)
 
     async def close(self) -> None:
-        if self._writing is not None:
+        while self._writing is not None:
             await asyncio.wait([self._writing])
         await super().close()

@@ -11,6 +11,7 @@ counts for `keep` seconds: no answer is older than that, whatever another server
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -82,9 +83,9 @@ class RecordMemory:
             return
         mark = hash(value)
         with self._lock:
-            seen = self._seen.get(key)
-            if seen is not None and seen[0] == mark and 0 <= at - seen[1] < LOOKED:
-                return
+            known, since = self._seen.get(key, (None, -math.inf))
+            if at < since <= self._clock() or (known == mark and 0 <= at - since < LOOKED):
+                return  # a later read or write was quicker, or has noted the same
             if len(self._seen) >= SEEN:
                 self._seen.clear()
             self._seen[key] = mark, at
@@ -103,28 +104,33 @@ class RecordMemory:
                 batch.put(REMEMBERED.key(key), each.encode())
 
     def _news(self, records: Records | Batch, key: str, noted: _Former) -> bool:
-        """Whether it says more than what is stored; a later read or write may have been quicker."""
+        """Whether it says more than what is stored; a later read or write may have been quicker.
+
+        What is stored for a time that is yet to come was stored before the clock was set back.
+        """
         former = _Former.parse(records.get(REMEMBERED.key(key)))
         if former is None:
             return noted.value is not None
-        if noted.at < former.at:
+        if noted.at < former.at <= self._clock():
             return False
-        return noted.value != former.value or noted.at - former.at >= RENEWED
+        return noted.value != former.value or not 0 <= noted.at - former.at < RENEWED
 
     def recall(self, key: str) -> bytes:
         """The record as it was.  Raises NotRemembered."""
         with self._lock:
             found = self._waiting.get(key)
-        found = found or _Former.parse(self._here.get(REMEMBERED.key(key)))
-        if found is not None and found.value is not None and self._counts(found):
+        times = []
+        if found is None or not self._news(self._here, key, found):
+            found = _Former.parse(self._here.get(REMEMBERED.key(key)))
+            confirmed = _Former.parse(self._here.get(CONFIRMED.key()))  # which is so of what is stored
+            times = [] if confirmed is None else [confirmed.at]
+        if found is not None and found.value is not None and any(map(self._counts, [found.at, *times])):
             return found.value
         raise NotRemembered(f"the database cannot be read, and nothing recent is known here of {key}")
 
-    def _counts(self, found: _Former) -> bool:
-        """Whether it was read, or confirmed, not too long ago."""
-        confirmed = _Former.parse(self._here.get(CONFIRMED.key()))
-        at = found.at if confirmed is None else max(found.at, confirmed.at)
-        return self._clock() - at <= self._keep
+    def _counts(self, at: float) -> bool:
+        """Whether it is not too long ago.  A time that is yet to come may be any."""
+        return 0 <= self._clock() - at <= self._keep
 
     def confirm(self, there: SharedRecords) -> None:
         """Compare all with the records, and forget what was not used for long, or is too much."""
@@ -136,9 +142,9 @@ class RecordMemory:
             for key, each in known.items():
                 if each is not None and each.value is not None and key in marks:
                     sizes.append((each.at, len(each.value), key))
-                    if marks[key] != hashlib.sha256(each.value).digest():
+                    if each.at > begun or marks[key] != hashlib.sha256(each.value).digest():
                         self._note_changed(key, there)
-                elif each is None or each.value is not None or begun - each.at > LOOKED:
+                elif each is None or each.value is not None or not 0 <= begun - each.at <= LOOKED:
                     self._forget(key, begun)
         self.write()
         self._forget_surplus(sizes, begun)
@@ -163,7 +169,7 @@ class RecordMemory:
 
         def work(batch: Batch) -> None:
             found = _Former.parse(batch.get(REMEMBERED.key(key)))
-            if found is None or found.at <= until:
+            if found is None or not until < found.at <= self._clock():
                 batch.delete(REMEMBERED.key(key))
 
         self._here.transaction(work, shared=True)

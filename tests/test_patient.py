@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from storage.concurrency import run_in_thread
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed, StorageUnavailable
+from storage.keys import TAG
 from storage.maintenance.leases import Leases
 from storage.maintenance.pulls import Pulls
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
@@ -142,6 +144,30 @@ async def test_it_is_looked_for_until_it_answers(
     assert not looking.done()
     there.failure = None
     await looking
+
+
+async def test_what_is_noted_during_a_write_is_written_after_it(
+    store: RememberingStore, there: Distant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, taken, written = store._remembered.memory, threading.Semaphore(0), threading.Event()
+    write = memory.write
+
+    def slowly() -> None:
+        write()
+        taken.release()
+        written.wait()
+
+    monkeypatch.setattr(memory, "write", slowly)
+    for name in ("first", "second"):
+        there.put(TAG.key(NAME, name), there.get(TAG.key(NAME, LATEST)) or b"")
+        await store.get_manifest(NAME, Tag(name))
+        if name == "first":
+            await run_in_thread(taken.acquire)
+    written.set()
+    while store._writing is not None:
+        await asyncio.wait([store._writing])
+    assert not memory.waits
+    await asyncio.get_running_loop().shutdown_default_executor()  # whose threads have the records open
 
 
 async def test_another_database_is_no_outage(store: RememberingStore, there: Distant) -> None:

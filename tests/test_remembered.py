@@ -149,6 +149,66 @@ def test_a_slow_read_does_not_replace_what_is_newer(
     assert recalled(other) == b"new"
 
 
+@pytest.mark.parametrize("value", [b"new", None])
+def test_a_slow_read_of_the_same_process(
+    records: RememberedRecords, there: Database, clock: Clock, value: bytes | None
+) -> None:
+    there.put(KEY, b"old")
+    begun = clock()
+    clock.advance(1)
+    if value is None:
+        records.delete(KEY)
+    else:
+        records.put(KEY, value)
+    records.memory.note(KEY, b"old", begun)
+    assert recalled(records) == value
+    records.memory.write()
+    assert recalled(records) == value
+
+
+def test_what_waits_to_be_written_was_not_confirmed(
+    records: RememberedRecords, here: SQLiteRecords, there: Database, clock: Clock
+) -> None:
+    """1. a process reads a tag, and cannot write yet  2. the tag moves  3. another one confirms the others"""
+    there.put(KEY, b"old")
+    records.noting(records.get, KEY)
+    clock.advance(KEEP)
+    there.put(KEY, b"new")
+    other = another(here, there, clock)
+    other.confirm()
+    assert recalled(records) == b"old"
+    clock.advance(1)
+    assert recalled(records) is None
+    read(other)
+    assert recalled(records) == b"new"
+
+
+@pytest.mark.parametrize("value", [b"two", None])
+@pytest.mark.parametrize("ours", [True, False], ids=["by this server", "by another one"])
+def test_a_clock_that_is_set_back(
+    records: RememberedRecords, there: Database, clock: Clock, value: bytes | None, ours: bool
+) -> None:
+    there.put(KEY, b"one")
+    there.put(OTHER, b"link")
+    read(records)
+    read(records, OTHER)
+    clock.advance(-KEEP)
+    changed = records if ours else there
+    if value is None:
+        changed.delete(KEY)
+    else:
+        changed.put(KEY, value)
+    if not ours:
+        assert recalled(records) is None  # it may be of any age
+        records.confirm()
+    assert recalled(records) == value
+    records.confirm()
+    clock.advance(KEEP)
+    assert (recalled(records), recalled(records, OTHER)) == (value, b"link")
+    clock.advance(1)
+    assert (recalled(records), recalled(records, OTHER)) == (None, None)
+
+
 def test_it_counts_as_long_as_it_is_confirmed(
     records: RememberedRecords, there: Database, clock: Clock
 ) -> None:

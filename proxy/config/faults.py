@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -63,5 +62,7 @@ def within(path: str, outer: str) -> bool:
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at what may have been meant."""
     known = list(known)
-    found = difflib.get_close_matches(word, known, n=1)
+    from difflib import get_close_matches  # no configuration without a fault needs it
+
+    found = get_close_matches(word, known, n=1)
     return f"; did you mean {found[0]}?" if found else f"; known are {', '.join(known)}"

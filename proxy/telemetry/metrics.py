@@ -37,7 +37,6 @@ M = TypeVar("M", Counter, Gauge, Histogram, Summary, TalliedHistogram)
 NAMESPACES = 1000  # that have metrics of their own
 OTHERS = "*"
 PEERS = "peers"  # the label of other replicas, in place of a namespace
-VALUES = 8192  # bytes of each of the seven files in which a process counts, which double when they are full
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 
 
@@ -46,7 +45,7 @@ def share_metrics(directory: Path) -> None:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     # prometheus_client decides this by the environment when it is imported, and that was before the fork.
     values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
-    mmap_dict._INITIAL_MMAP_SIZE = VALUES  # its own is 64 KiB
+    mmap_dict._INITIAL_MMAP_SIZE = 8192  # bytes of each of seven files, which double when they are full
 
 
 class _Row(Generic[M]):

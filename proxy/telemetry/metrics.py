@@ -49,10 +49,7 @@ def share_metrics(directory: Path) -> None:
 
 
 class _Row(Generic[M]):
-    """A metric of the table below: its type, name, help text and labels, separated by spaces.
-
-    `options` are passed on to `kind`.
-    """
+    """A metric: its type, name, help text, labels separated by spaces, and other arguments of the type."""
 
     def __init__(self, kind: type[M], name: str, help: str, labels: str = "", **options: Any) -> None:
         self.make: Callable[[], M] = partial(kind, name, help, labels.split(), registry=None, **options)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -136,7 +137,8 @@ async def test_it_has_the_class_and_the_encryption_that_are_set(fake: FakeBucket
 
     given = {"storage_class": "STANDARD_IA", "encryption": "aws:kms", "encryption_key": "a-key"}
     fake.spoilt["PUT"] = [look]
-    await Place(replace(fake.settings(), session_token="a-token", **given), tmp_path).put()
+    keys = {"access_key": "team/a", "session_token": "a-token"}
+    await Place(replace(fake.settings(), **keys, **given), tmp_path).put()
     assert seen[0].items() >= {
         ("x-amz-content-sha256", hashlib.sha256(LARGE).hexdigest()),
         ("x-amz-storage-class", "STANDARD_IA"),
@@ -146,6 +148,7 @@ async def test_it_has_the_class_and_the_encryption_that_are_set(fake: FakeBucket
     }
     for name in ("class", "encryption-aws-kms-key-id", "token", "checksum-sha256"):
         assert name in seen[0]["authorization"]
+    assert re.search(r" Credential=team/a/\d{8}/us-east-1/s3/aws4_request,", seen[0]["authorization"])
 
 
 @pytest.mark.errors("bucket.failed")

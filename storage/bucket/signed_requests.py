@@ -131,7 +131,7 @@ class SignedRequests:
     ) -> bytes:
         """The body of the answer.  `file` is the body of the request, of `size` bytes with this SHA-256."""
         given = dict(parse_qsl(url.query))
-        access_key, _, region, *_ = given["X-Amz-Credential"].split("/")
+        access_key, _, region, *_ = given["X-Amz-Credential"].rsplit("/", 4)  # an id may have slashes
         sent = {
             "host": url.netloc,
             "x-amz-content-sha256": hashed,

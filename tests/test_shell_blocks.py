@@ -1,8 +1,7 @@
-"""The blocks of the pages that are for a shell: each is run, or its page says why not; all are valid.
+"""The blocks of the pages that are for a shell: each is run, and all are valid.
 
 What a page shows of a terminal, with prompts, is typed in by tests/test_page_output.py.  A script has none,
-and a comment before it in the page names the test that runs it, or the reason why there is none; one comment
-may give the reason for all scripts of a page.
+and a comment before it in the page names the test that runs it.
 """
 
 from __future__ import annotations
@@ -29,11 +28,9 @@ _SCRIPT = re.compile(
     r"(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
-_WHOLE = re.compile(r"^<!-- no script of this page is run: ([^>]+) -->$", re.MULTILINE)
 _HERE = re.compile(r"<<-?\s*'?(\w+)'?.*?\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 _TEST = re.compile(r"tests/[\w/]+\.py|\btest_\w+\.py")
 _FLAG = re.compile(r"--[a-z][a-z-]+")
-WORDS = 4  # of a reason, at least
 # Programs of the pages whose help names all options, and the words of its command that choose one.
 PROGRAMS = {
     "buildah": 1,
@@ -52,22 +49,19 @@ HELP = {"curl": ("--help", "all"), "git": ("-h",)}
 
 
 def scripts(text: str) -> Iterator[tuple[str, str]]:
-    """The mark of each script of a page, or that of the page, or an empty one; and its text."""
-    whole = _WHOLE.search(text)
-    common = f"not run: {whole[1]}" if whole else ""
+    """The mark of each script of a page, empty if it has none, and its text."""
     for found in _SCRIPT.finditer(text):
         lines = (line.removeprefix(found["indent"]) for line in found["text"].splitlines())
-        yield found["mark"] or common, "\n".join(lines) + "\n"
+        yield found["mark"] or "", "\n".join(lines) + "\n"
 
 
 def fault(page: str, mark: str) -> str:
     """What is wrong with the mark of a script; empty if nothing is."""
-    if mark.startswith("run by "):
-        tests = [ROOT / each for each in _TEST.findall(mark)]
-        if not tests or not all(each.is_file() and Path(page).name in each.read_text() for each in tests):
-            return f"no such test has to do with {page}: {mark}"
-    elif not mark.startswith("not run: ") or len(mark.split()) < WORDS + 2:
-        return "before the block, write <!-- run by tests/… --> or <!-- not run: the reason -->"
+    if not mark.startswith("run by "):
+        return "before the block, write <!-- run by tests/… -->"
+    tests = [ROOT / each for each in _TEST.findall(mark)]
+    if not tests or not all(each.is_file() and Path(page).name in each.read_text() for each in tests):
+        return f"no such test has to do with {page}: {mark}"
     return ""
 
 
@@ -88,7 +82,7 @@ SHELL = [
 
 
 @pytest.mark.parametrize(("page", "mark", "text"), SCRIPTS)
-def test_a_script_is_run_or_says_why_not(page: str, mark: str, text: str) -> None:
+def test_a_script_is_run(page: str, mark: str, text: str) -> None:
     assert fault(page, mark) == "", text
 
 
@@ -145,7 +139,7 @@ def helped(command: tuple[str, ...]) -> str | None:
 
 @pytest.mark.clients
 def test_options_of_other_programs_exist() -> None:
-    """Of those that are installed, also where the block is not run."""
+    """Of those that are installed."""
     known, absent = 0, set()
     for parameter in SHELL:
         page, _, text = parameter.values
@@ -194,7 +188,7 @@ def test_tests_that_reasons_name_exist() -> None:
 PAGE = """
 1. First:
 
-   <!-- not run: it needs a machine of its own -->
+   <!-- run by tests/test_layers.py -->
    ```sh
    entrepot ls && cat >a <<END
    entrepot nonsense
@@ -211,13 +205,9 @@ sudo podman pull --tls-verify=false \\
 
 def test_scripts_are_found_with_their_marks() -> None:
     (mark, text), (none, other) = scripts(PAGE)
-    assert (mark, none) == ("not run: it needs a machine of its own", "")
+    assert (mark, none) == ("run by tests/test_layers.py", "")
     assert text == "entrepot ls && cat >a <<END\nentrepot nonsense\nEND\n"
     assert [*entrepot(text)] == [["ls"]]
-    assert [*scripts(f"{PAGE}\n<!-- no script of this page is run: it is a test of this -->\n")] == [
-        (mark, text),
-        ("not run: it is a test of this", other),
-    ]
     assert {*calls(other)} == {
         (("curl",), "--fail"),
         (("curl",), "--nonsense"),
@@ -229,15 +219,13 @@ def test_scripts_are_found_with_their_marks() -> None:
     ("mark", "right"),
     [
         ("", False),
-        ("not run: no", False),
-        ("not run: it needs a cluster of Kubernetes", True),
         ("run by tests/test_none.py", False),
         ("run by tests/test_layers.py", False),  # which has nothing to do with the page
         ("run by tests/clients/test_air_gap.py", True),
         ("run by hand", False),
     ],
 )
-def test_a_mark_names_a_test_of_the_page_or_a_reason(mark: str, right: bool) -> None:
+def test_a_mark_names_a_test_of_the_page(mark: str, right: bool) -> None:
     assert (fault("docs/air-gap.md", mark) == "") == right
 
 

@@ -10,7 +10,10 @@ from tests.clients.conftest import Images
 from tests.clients.images import Image, digest_of
 from tests.clients.processes import environment, require, run
 from tests.clients.site import Site, pull_cold_warm_offline
+from tests.test_docs import ROOT
+from tests.test_shell_blocks import scripts
 
+PAGE = ROOT / "docs" / "clients.md"
 # By the system's Python, for which Debian has its libraries.
 PROGRAM = ("/usr/bin/python3", "/usr/bin/ch-image", "--no-cache")
 
@@ -23,14 +26,14 @@ class Charliecloud:
         ca = {"REQUESTS_CA_BUNDLE": str(site.ca), "USER": "nobody"}
         self._environment = environment(home, **ca)
 
-    def run(self, command: str, *words: str) -> str:
+    def run(self, *words: str) -> str:
         storage = {"CH_IMAGE_STORAGE": f"{self._home}/storage-{self._storages}"}
-        return run([*PROGRAM, command, *words], {**self._environment, **storage})
+        return run(words, {**self._environment, **storage})
 
     def pull(self, name: str) -> set[str]:
         """Pull into a new storage.  Returns the digests of what came to lie there."""
         self._storages += 1
-        self.run("pull", name)
+        self.run(*PROGRAM, "pull", name)
         downloads = self._home / f"storage-{self._storages}" / "dlcache"
         return {digest_of(path.read_bytes()) for path in downloads.iterdir()}
 
@@ -50,10 +53,17 @@ def test_pull(encrypted: Site, charliecloud: Charliecloud, pushed: Images) -> No
     pull_cold_warm_offline(encrypted, lambda: charliecloud.pull(name), digests(pushed.platforms))
 
 
-def test_push(encrypted: Site, charliecloud: Charliecloud, pushed: Images) -> None:
-    cached, stored = (
-        f"{encrypted.address}/{name}" for name in ("docker.io/library/layers:1", "local/team/layers:2")
-    )
-    charliecloud.pull(cached)
-    charliecloud.run("push", cached, stored)
-    assert len(charliecloud.pull(stored)) == 3  # one manifest, its configuration, and one layer
+def test_pull_and_push_as_the_page_says(encrypted: Site, charliecloud: Charliecloud, pushed: Images) -> None:
+    [script] = [text for _, text in scripts(PAGE.read_text()) if "ch-image" in text]
+    here = {
+        "/etc/ssl/entrepot/ca.crt": str(encrypted.ca),
+        "cache.example:5000": encrypted.address,
+        "docker.io/library/alpine:3": "docker.io/library/layers:1",
+        "ch-image": " ".join(PROGRAM),
+    }
+    for words, meant in here.items():
+        assert words in script
+        script = script.replace(words, meant)
+    charliecloud.run("sh", "-ec", script)
+    # One manifest, its configuration, and one layer.
+    assert len(charliecloud.pull(f"{encrypted.address}/local/team/alpine:3")) == 3

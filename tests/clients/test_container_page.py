@@ -30,6 +30,8 @@ from tests.test_docs import ROOT
 
 pytestmark = pytest.mark.timeout(900)
 NAME = "docs/install/container.md"
+INDEX = f"http://{INTERNET}/"
+UV = f"UV_FIND_LINKS={INDEX} UV_DEFAULT_INDEX={INDEX}none UV_INSECURE_HOST={INTERNET}"
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def machine(home: Path) -> Iterator[Machine]:
             capture_output=True,
         )
         (home / "index" / "Packages").write_bytes(index.stdout)
-        machine.path("/etc/apt/sources.list").write_text(f"deb [trusted=yes] http://{INTERNET}/ ./\n")
+        machine.path("/etc/apt/sources.list").write_text(f"deb [trusted=yes] {INDEX} ./\n")
         provide_clone(machine)
         yield machine
     finally:
@@ -66,9 +68,7 @@ def make_base(machine: Machine) -> None:
         "/etc/passwd",
         "/usr/bin/python3",
     }
-    index = f"http://{INTERNET}/"
-    find = f"UV_FIND_LINKS={index} UV_DEFAULT_INDEX={index}none UV_INSECURE_HOST={INTERNET}"
-    make_image(machine, "debian:12.12-slim", files(packages) | more, f"ENV {find}")
+    make_image(machine, "debian:12.12-slim", files(packages) | more, f"ENV {UV}")
     machine.path("/var/lib/dpkg/status").write_text(kept)
 
 
@@ -90,6 +90,11 @@ def test_it_is_built_and_started(machine: Machine) -> None:
     assert "is valid" in follow("entrepot check")
     machine.run("docker rm --force cache; docker save entrepot | podman load")
     check_podman(machine)
+
+
+def test_it_is_built_without_a_registry(machine: Machine) -> None:
+    machine.run(f"export {UV}\n{Page(NAME).script('build.py fetch')}", directory=CLONE)
+    assert "amd64" in machine.run("skopeo inspect --config oci:layout:0.1.0", directory=CLONE)
 
 
 def check_podman(machine: Machine) -> None:

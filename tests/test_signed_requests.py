@@ -196,6 +196,7 @@ async def test_what_is_refused_is_put_otherwise_for_a_while(
             True,
         ),
         ({"HTTPS_PROXY": "http://127.0.0.1:1"}, {}, False),
+        ({"NO_PROXY": "127.0.0.1"}, {}, True),
         ({}, {"proxy": "http://127.0.0.1:1"}, False),
         ({}, {"url": "gs://bucket"}, False),
     ],

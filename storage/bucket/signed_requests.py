@@ -187,7 +187,7 @@ def signed_requests(settings: BucketSettings, store: ObjectStore) -> SignedReque
     key, secret = settings.access_key, settings.secret_key
     if not key:
         key, secret = (os.environ.get(f"AWS_{name}", "") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))
-    proxied = settings.proxy or getproxies_environment()
+    proxied = settings.proxy or getproxies_environment().keys() - {"no"}
     if not settings.url.startswith("s3://") or proxied or not (key and secret):
         return None
     return SignedRequests(settings, store, secret)

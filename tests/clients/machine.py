@@ -37,7 +37,8 @@ MASKED = (
 )  # they change the kernel
 VARIABLES = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
-# Shows the whole system below $1/root, in the control group $3, and starts it; $2 is the socket that is told.
+# Makes a copy of the whole system at $1/root, and starts it.  $2 is the socket to which systemd reports its
+# start; $3 is the control group of all processes.
 START = f"""
 set -e
 mount --make-rprivate /
@@ -98,22 +99,9 @@ class Machine:
         told = place / "started"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as started:
             started.bind(str(told))
-            words = [
-                "setpriv",
-                "--pdeathsig=KILL",
-                "unshare",
-                "--mount",
-                "--net",
-                "--fork",
-                "--kill-child",
-                "sh",
-                "-c",
-                START,
-                "machine",
-            ]
-            self._holder = subprocess.Popen(
-                [*words, self._copy, told, self._group], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
+            apart = ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--net", "--fork", "--kill-child"]
+            words = [*apart, "sh", "-c", START, "machine", self._copy, told, self._group]
+            self._holder = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
             try:
                 self._wait_for(started)
             except BaseException:
@@ -122,7 +110,6 @@ class Machine:
         self._init = _child(_child(self._holder.pid))
         self._internet = f"--net=/proc/{self._holder.pid}/ns/net"
         self._ended = os.pidfd_open(self._init)
-
         self._connect()
 
     def _connect(self) -> None:

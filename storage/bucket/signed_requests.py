@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from urllib.request import getproxies_environment
-from xml.etree import ElementTree
 
 import obstore
 
@@ -97,6 +96,8 @@ class SignedRequests:
 
     def unfinished(self, key: str) -> list[str]:
         """The ids of the uploads to this key that have not ended.  Raises BucketRefused, OSError."""
+        from xml.etree import ElementTree  # only here: of all processes, most never list any
+
         url = self._url(key)
         parts = url.path.split("/")
         depth = len(f"{self._store.prefix or ''}/{key}".lstrip("/").split("/"))

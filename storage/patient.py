@@ -7,9 +7,10 @@ is asked by one task of each process alone, until it answers: so only the first 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from storage.content import BlobContent
@@ -167,3 +168,20 @@ class RememberingStore(PatientStore):
         while self._writing is not None:
             await asyncio.wait([self._writing])
         await super().close()
+
+
+@contextmanager
+def waits_ended(stores: Iterable[Store], seconds: float) -> Iterator[None]:
+    """Inside, nobody waits for a database longer than `seconds`: the records in one are closed then.
+
+    By threads of their own: those that all of the process use may be waiting.
+    """
+    timers = [threading.Timer(seconds, each.records.close) for each in stores if each.records.remote]
+    for each in timers:
+        each.start()
+    try:
+        yield
+    finally:
+        for each in timers:
+            each.cancel()
+            each.join()

@@ -44,7 +44,7 @@ async def fleet(
     keys = {"access_key": settings.access_key, "secret_key": settings.secret_key}
     shared = {"records": database, "bucket": settings.url, "endpoint": settings.endpoint, **keys}
     place.tree["namespaces"]["local"] = {"store": {}}
-    place.tree |= {"access": OPEN, "shared": shared}
+    place.tree |= {"access": OPEN, "shared": shared, "drain": "1ms"}
     servers = []
     async with aiohttp.ClientSession() as session:
         for number in range(2):
@@ -144,6 +144,15 @@ async def test_a_database_that_is_silent_and_one_without_free_connections(
     assert {(await each).status for each in pushes} <= {201, 503}
     await answering(fleet, manifest)
     assert (await fleet.tag(1, "last", manifest)).status == 201
+
+
+async def test_a_server_stops_though_its_database_is_silent(
+    fleet: Fleet, postgres_server: PostgresServer
+) -> None:
+    manifest, blobs = await push(fleet)
+    with postgres_server.silent():
+        await pull(fleet, 0, manifest, blobs)  # after which it looks whether the database answers
+        await fleet.servers[0].stop()  # none of its processes is killed, which would be an error
 
 
 async def answering(fleet: Fleet, manifest: bytes) -> None:

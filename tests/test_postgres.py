@@ -339,6 +339,35 @@ def test_a_database_that_says_nothing_is_given_up(
     assert records.get("a") == b"1"
 
 
+def test_what_waits_for_a_silent_database_ends_when_it_is_closed(
+    records: PostgresRecords, postgres_server: PostgresServer, events: LogCapture
+) -> None:
+    begun, silenced = threading.Semaphore(0), threading.Event()
+
+    def work(batch: Batch) -> None:
+        begun.release()
+        silenced.wait()
+        batch.get("a")
+
+    def look() -> None:
+        with records.turn("collect"):
+            pass
+
+    with ThreadPoolExecutor(8) as threads:
+        waiting = [threads.submit(records.transaction, work, True) for _ in range(2)]
+        for _ in waiting:
+            begun.acquire()
+        with postgres_server.silent():
+            silenced.set()
+            waiting += [threads.submit(records.get, "a") for _ in range(5)]  # more than there are connections
+            waiting.append(threads.submit(look))
+            records.close()
+            for each in waiting:
+                with pytest.raises(StorageFailed, match="are closed"):
+                    each.result()
+    assert events.entries == []
+
+
 @pytest.mark.errors("records.failed")
 def test_a_server_that_has_become_a_standby_is_left(records: PostgresRecords) -> None:
     records.put("a", b"1")

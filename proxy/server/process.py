@@ -54,7 +54,9 @@ from proxy.web.tls import Certificates
 from proxy.web.tls_listener import PlainSite, TLSSite
 from proxy.webhooks import wakeup
 from storage.maintenance.resolutions import ResolutionJournal
+from storage.patient import waits_ended
 from storage.shared import SharedState
+from storage.store import Store
 
 if TYPE_CHECKING:  # only servers whose configuration needs them import them
     from proxy.access.token_exchange import TokenExchange
@@ -93,6 +95,7 @@ class ServerProcess:
         self._request_log = request_log
         self._tracer = tracer or NoTracer()
         self._draining = False
+        self._stores: list[Store] = []
         self._closing = AsyncExitStack()
         self.url = URL()
         self.admin_url: URL | None = None
@@ -112,7 +115,8 @@ class ServerProcess:
         The next start resumes the fills that are not complete.
         """
         self._draining = True
-        await self._closing.aclose()
+        with waits_ended(self._stores, self._drain):
+            await self._closing.aclose()
 
     async def _start(self) -> None:
         current_span.set(self._tracer.background)  # of all tasks that it starts
@@ -139,6 +143,7 @@ class ServerProcess:
         self.composition = compose(self._config, self._clock, None, self._shared, hooks)
         self._closing.push_async_callback(self.composition.close)
         self._closing.callback(self.composition.metrics.flush)
+        self._stores = self.composition.all_stores
         self._state = state_of(self.composition)
         self._run_in_background(self.composition.recorder.run())
         self._member = FleetMember(self.composition, self._run)
@@ -305,10 +310,7 @@ class ServerProcess:
     def _connection_limits(self) -> ConnectionLimits:
         limits = self._config.limits
         return ConnectionLimits(
-            limits.connections_per_address,
-            limits.request_timeout,
-            limits.idle_timeout,
-            limits.client_timeout,
+            limits.connections_per_address, limits.request_timeout, limits.idle_timeout, limits.client_timeout
         )
 
     async def _serve(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import select
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import psycopg
-from psycopg.abc import PQGen
+from psycopg.abc import PQGen, PQGenConn
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
@@ -23,6 +24,7 @@ from storage.errors import StorageFailed
 
 PATIENCE = 5.0  # seconds that a thread waits for one of the connections
 ANSWER = 20.0  # seconds that it waits for the end of a statement
+ENDING = 1.0  # seconds that statements may still take when all is closed
 # What the URL does not say.  A server that is gone without a word is noticed by the lack of its answers.
 _SETTINGS = {
     "application_name": "entrepot",
@@ -45,29 +47,54 @@ SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('sync
 _PART = "SELECT set_config('search_path', quote_ident(current_schema() || %s), false)"
 
 T = TypeVar("T")
+Ready = TypeVar("Ready")
+Wanted = TypeVar("Wanted")
 DatabaseConnection: TypeAlias = psycopg.Connection[TupleRow]
-
-
-class _Impatient(psycopg.Connection[TupleRow]):
-    """A connection that is closed if the server does not answer for too long, though its machine is there."""
-
-    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        timeout = ANSWER if timeout is None else timeout
-        try:
-            return super().wait(gen, interval, timeout)
-        except psycopg.OperationalError as error:
-            if error.sqlstate or self.closed:
-                raise  # from the server, or the connection is lost
-            self.close()
-            raise psycopg.OperationalError(f"the server did not answer for {timeout:.0f} s") from None
 
 
 class Busy(Exception):
     """All connections were in use for too long."""
 
 
-class Closed(Exception):
+class Closed(psycopg.InterfaceError):
     """The connections were closed."""
+
+
+def _kind(ended: threading.Event, patient: bool) -> type[DatabaseConnection]:
+    """Connections whose waits end by Closed soon after `ended` is set.
+
+    Those that are not `patient` are closed if the server does not answer for too long, though its machine is
+    there.
+    """
+
+    class Bounded(psycopg.Connection[TupleRow]):
+        @classmethod
+        def _connect_gen(cls, *arguments: Any, **named: Any) -> PQGenConn[Self]:
+            return (yield from _until(ended, super()._connect_gen(*arguments, **named)))
+
+        def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+            timeout = ANSWER if timeout is None and not patient else timeout
+            try:
+                return super().wait(_until(ended, gen), interval, timeout)
+            except psycopg.OperationalError as error:
+                if timeout is None or error.sqlstate or self.closed:
+                    raise  # from the server, or the connection is lost
+                self.close()
+                raise psycopg.OperationalError(f"the server did not answer for {timeout:.0f} s") from None
+
+    return Bounded
+
+
+def _until(ended: threading.Event, steps: Generator[Wanted, Ready, T]) -> Generator[Wanted, Ready, T]:
+    """The same steps, of which psycopg takes ten a second, until `ended` is set.  Then it raises Closed."""
+    try:
+        wanted = next(steps)
+        while not ended.is_set():
+            wanted = steps.send((yield wanted))
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise Closed("the connections were closed")
 
 
 class Connections:
@@ -97,15 +124,17 @@ class Connections:
         self._failure: str | None = None  # of the last attempt to connect
         self._trying = threading.Lock()  # held by the thread that tries again
         self._closed = False
+        self._ended = threading.Event()
+        self._kinds = {patient: _kind(self._ended, patient) for patient in (False, True)}
 
     @contextmanager
     def take(self) -> Iterator[DatabaseConnection]:
         """A connection that is not in a transaction.  Raises Busy and Closed."""
-        if self._closed:
-            raise Closed
         if not self._slots.acquire(timeout=PATIENCE):
             raise Busy(f"all {self._most} connections of this process are in use")
         try:
+            if self._closed:
+                raise Closed("the connections were closed")
             connection = self._idle_one() or self.connect()
             try:
                 yield connection
@@ -144,9 +173,8 @@ class Connections:
             self._trying.release()
 
     def _connect(self, patient: bool) -> DatabaseConnection:
-        kind = psycopg.Connection if patient else _Impatient
         try:
-            connection = kind.connect(self._parameters, autocommit=True)
+            connection = self._kinds[patient].connect(self._parameters, autocommit=True)
             try:
                 connection.execute(_SESSION)
                 if self._part:
@@ -161,11 +189,13 @@ class Connections:
         return connection
 
     def close(self) -> None:
-        """Wait until none is in use, and close all."""
+        """Refuse further use; after ENDING seconds, end what is in use then."""
         if not self._closed:
-            self._closed = True
+            self._closed, until = True, time.monotonic() + ENDING
             for _ in range(self._most):
-                self._slots.acquire(timeout=ANSWER)
+                self._slots.acquire(timeout=max(0.0, until - time.monotonic()))
+            self._ended.set()
+            self._slots.release(self._most)  # to those who wait: they learn that all are closed
             for each in self._idle:
                 each.close()
             self._idle.clear()

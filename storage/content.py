@@ -45,8 +45,11 @@ class BlobContent(Protocol):
     def portions(self) -> Iterator[list[StoredBlob]]:
         """All stored blobs, in lists of those whose digests have the same first byte.  Blocks."""
 
-    def open(self, digest: Digest, size: int | None = None) -> Blob:
-        """Open the blob.  Raises BlobUnknown, also if it has not `size` bytes; it is then removed."""
+    def open(self, digest: Digest, size: int | None = None, sure: bool = True) -> Blob:
+        """Open the blob.  Raises BlobUnknown, also if it has not `size` bytes; it is then removed.
+
+        Unless it is `sure` that the records say so now, content that is missing is BlobUncertain.
+        """
 
     def reader(self, digest: Digest) -> BinaryIO:
         """The blob's bytes, without recording a use.  Blocks.  Close it.  Raises BlobUnknown."""

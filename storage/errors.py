@@ -32,6 +32,7 @@
     ├── StorageFailed              UNKNOWN                    500   our disk, where no origin helps; see below
     │   └── StorageUnavailable     UNAVAILABLE                503   the database of records, for now
     └── Unavailable                UNAVAILABLE                503   the origin cannot be asked now
+        ├── BlobUncertain          UNAVAILABLE                503   nor whether its content should be there
         ├── TooManyRequests        TOOMANYREQUESTS            503   the origin answered 429; with Retry-After
         ├── OriginFailed           UNAVAILABLE                502   connection refused or cut, 5xx, nonsense
         └── OriginTimeout          UNAVAILABLE                504
@@ -258,6 +259,18 @@ class Unavailable(RegistryError):
     """The registry cannot answer now; it may later."""
 
     code, status = "UNAVAILABLE", 503
+
+
+class BlobUncertain(Unavailable):
+    """The content of a blob is missing, and whether it is still to be there cannot be asked now.
+
+    A client that learned of no blob would give up; one that pushes would push it again.
+    """
+
+    def __init__(
+        self, message: str = "", *, retry_after: float | None = 5.0, public: str | None = None
+    ) -> None:
+        super().__init__(message, retry_after=retry_after, public=public)
 
 
 class TooManyRequests(Unavailable):

@@ -128,6 +128,10 @@ class RememberingStore(PatientStore):
         self._remembered = remembered
         self._writing: asyncio.Future[None] | None = None
 
+    @property
+    def sure(self) -> bool:
+        return not self._remembered.recalls
+
     async def read(self, work: Callable[..., T], *arguments: object) -> T:
         answer: asyncio.Future[T] | None = None
         try:

@@ -211,6 +211,11 @@ class RememberedRecords:
         self.first, self.groups, self.linking = there.first, there.groups, there.linking
         self.troubles, self.close = there.troubles, there.close
 
+    @property
+    def recalls(self) -> bool:
+        """Whether this thread is in recalling()."""
+        return getattr(self._local, "get", None) == self.memory.recall
+
     @contextmanager
     def _get_by(self, get: Callable[[str], bytes | None]) -> Iterator[None]:
         self._local.get = get

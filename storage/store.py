@@ -23,24 +23,10 @@ from typing import TypeAlias, TypeVar
 
 from storage.concurrency import run_in_thread
 from storage.content import BlobContent
-from storage.errors import (
-    BlobUnknown,
-    DigestInvalid,
-    ManifestUnknown,
-    NameUnknown,
-    StorageFailed,
-)
+from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown, StorageFailed
 from storage.keys import BLOB, CHANGES, LINK, MANIFEST, REFERRER, TAG
 from storage.listings import OriginListings
-from storage.oci import (
-    OCTETS,
-    Descriptor,
-    Digest,
-    Manifest,
-    Reference,
-    Span,
-    Tag,
-)
+from storage.oci import OCTETS, Descriptor, Digest, Manifest, Reference, Span, Tag
 from storage.records import Batch, Records
 from storage.registry import NOTHING, Blob, Located, Registry, Upload, everything, referrers_page
 from storage.totals import CountedRecords
@@ -96,6 +82,11 @@ class Store(Registry):
         """Whether its records cannot be reached now: pulls are answered by what is known of them here."""
         return False
 
+    @property
+    def sure(self) -> bool:
+        """Whether this thread reads what the records say now, and not what was known of them before."""
+        return True
+
     def troubles(self) -> list[str]:
         """A sentence for each cause for which it cannot be used as it should, besides those of its parts."""
         return []
@@ -111,8 +102,7 @@ class Store(Registry):
         return await run_in_thread(work, *arguments, threads=self._threads)
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        link = await self.read(self._link_of, repository, digest)
-        blob = await self._open(digest, link.size)
+        blob = await self._open_linked(repository, digest)
         try:
             await blob.begin(span)
         except BaseException:
@@ -123,18 +113,22 @@ class Store(Registry):
     async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
         if self.files.path(digest) is not None:
             return None
-        link = await self.read(self._link_of, repository, digest)
-        blob = await self._open(digest, link.size)
+        blob = await self._open_linked(repository, digest)
         try:
             url = await blob.locate()
         finally:
             await blob.close()
         return None if url is None else Located(blob.descriptor, url, blob.used_at)
 
-    async def _open(self, digest: Digest, size: int | None = None) -> Blob:
+    async def _open_linked(self, repository: str, digest: Digest) -> Blob:
+        link, sure = await self.read(lambda: (self._link_of(repository, digest), self.sure))
+        return await self.open(digest, link.size, sure)
+
+    async def open(self, digest: Digest, size: int | None = None, sure: bool = True) -> Blob:
+        """Open a blob, whatever repositories show it: see BlobContent.open()."""
         if self.files.path(digest) is None:  # there are only records to read
-            return await self.read(self.files.open, digest, size)
-        return self.files.open(digest, size)  # not in a thread: a cancellation would lose the open file
+            return await self.read(lambda: self.files.open(digest, size, self.sure))
+        return self.files.open(digest, size, sure)  # not in a thread: a cancellation would lose the open file
 
     def blob(self, repository: str, digest: Digest) -> tuple[Blob, float]:
         """Open the blob; also returns when it was linked in `repository`.  Raises BlobUnknown.
@@ -142,7 +136,7 @@ class Store(Registry):
         It is not asked for over a network: see Blob.begin().
         """
         link = self._link_of(repository, digest)
-        return self.files.open(digest, link.size), link.linked_at
+        return self.files.open(digest, link.size, self.sure), link.linked_at
 
     def _link_of(self, repository: str, digest: Digest) -> Link:
         link = Link.parse(self.records.get(LINK.key(repository, digest)))
@@ -367,7 +361,7 @@ class Store(Registry):
 
         Raises BlobUnknown if the blob is not stored or is damaged.
         """
-        blob = await self._open(digest)
+        blob = await self.open(digest)
         await blob.close()
         if size not in (-1, blob.descriptor.size):
             await asyncio.to_thread(self.files.verify, digest)  # one of the two is wrong

@@ -50,12 +50,12 @@ class _Objects(Registry):
         self._store = store
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        blob = await self._store.read(self._store.files.open, digest)
+        blob = await self._store.open(digest)
         await blob.begin(span)
         return blob
 
     async def resolve_blob(self, repository: str, digest: Digest) -> Descriptor:
-        blob = await self._store.read(self._store.files.open, digest)
+        blob = await self._store.open(digest)
         return blob.descriptor
 
 

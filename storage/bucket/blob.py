@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from storage.bucket.objects import CHUNK, Bucket, ObjectUnknown, Opened
-from storage.errors import BlobUnknown, OriginFailed, OriginTimeout
+from storage.errors import BlobUncertain, BlobUnknown, OriginFailed, OriginTimeout
 from storage.oci import Descriptor, Span
 from storage.registry import NOTHING, Blob, Incoming, ReadInto
 
@@ -20,13 +20,19 @@ PIECE = 2 << 20  # bytes that come at once of a blob which a thread reads: more 
 
 
 class BucketBlob(Blob):
-    """A blob that is the object `key`.  Nothing is asked of the bucket before begin() or chunks()."""
+    """A blob that is the object `key`.  Nothing is asked of the bucket before begin() or chunks().
 
-    def __init__(self, bucket: Bucket, key: str, descriptor: Descriptor, used_at: float) -> None:
+    `sure` is whether the records say now that it is: see BlobContent.open().
+    """
+
+    def __init__(
+        self, bucket: Bucket, key: str, descriptor: Descriptor, used_at: float, sure: bool = True
+    ) -> None:
         self.descriptor = descriptor
         self.used_at = used_at
         self._bucket = bucket
         self._key = key
+        self._sure = sure
         self._begun: tuple[int, int, Opened | None] | None = None  # where it starts and stops
         self._signed: Blob | None = None  # has these bytes, if they come by a signed URL
         self._incoming: _IncomingObject | None = None
@@ -66,6 +72,8 @@ class BucketBlob(Blob):
         if found == size:
             return
         what = "no object" if found is None else f"{found} of {size} bytes"
+        if not self._sure:  # it may have been removed, or replaced, since the records said so
+            raise BlobUncertain(f"{digest}: the bucket has {what}, and the records cannot be read")
         where = f"{self._bucket.name}: {self._key}"
         log.error("blob.damaged", digest=str(digest), found=what, path=where, action="left in its place")
         raise BlobUnknown(f"{digest} was damaged: the bucket has {what}")

@@ -115,11 +115,13 @@ class BucketBlobs(UploadFiles):
                 if portion:
                     yield portion
 
-    def open(self, digest: Digest, size: int | None = None) -> BucketBlob:
+    def open(self, digest: Digest, size: int | None = None, sure: bool = True) -> BucketBlob:
         found = self._known(digest)
         if size not in (None, found.size):
             raise BlobUnknown(f"{digest} was damaged: {found.size} bytes were stored, not {size}")
-        return BucketBlob(self._bucket, found.key, Descriptor(OCTETS, digest, found.size), found.used_at)
+        return BucketBlob(
+            self._bucket, found.key, Descriptor(OCTETS, digest, found.size), found.used_at, sure
+        )
 
     def reader(self, digest: Digest) -> BinaryIO:
         raw = ObjectReader(self._bucket.chunks(self._known(digest).key))

@@ -28,7 +28,7 @@ from storage.disk.modes import make_directory, restrict
 from storage.disk.reaper import uptime
 from storage.disk.tree import StoredBlob, directories, read_directory
 from storage.disk.uploads import FileBlob
-from storage.errors import BlobUnknown
+from storage.errors import BlobUncertain, BlobUnknown
 from storage.oci import OCTETS, Descriptor, Digest
 from storage.records import Batch
 
@@ -90,14 +90,16 @@ class BlobFiles(UploadFiles):
                 blobs = read_directory(root, name).blobs
             yield blobs
 
-    def open(self, digest: Digest, size: int | None = None) -> FileBlob:
-        """Open the blob.  Raises BlobUnknown, also if the file has not `size` bytes; it is then removed."""
+    def open(self, digest: Digest, size: int | None = None, sure: bool = True) -> FileBlob:
+        """See BlobContent.open()."""
         path = self.path(digest)
         with translated(path):
             try:
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                raise BlobUnknown(f"{digest} is not stored here") from None
+                if sure:
+                    raise BlobUnknown(f"{digest} is not stored here") from None
+                raise BlobUncertain(f"{digest} is not here, and the records cannot be read") from None
             status = os.fstat(file)
             if size is not None and status.st_size != size:
                 os.close(file)

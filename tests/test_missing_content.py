@@ -1,0 +1,161 @@
+"""What a pull from a private registry is answered: its content there or lost, its database well or away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.cache.copies import SMALL
+from storage.errors import StorageUnavailable
+from storage.oci import Digest
+from storage.records import Batch
+from tests.conftest import Clock, Serve
+from tests.objects import FakeBucket, answer
+from tests.test_bucket_server import APP, Registry, shared
+from tests.test_remembered import Database
+from tests.upstream import Upstream
+
+LAYER = b"a layer"
+LARGE = bytes(SMALL + 1)  # which is filled
+URL = "postgresql://entrepot@db.example/entrepot"
+DAMAGED = pytest.mark.errors("blob.damaged")
+
+
+class Away(Database):
+    """A database that can be away."""
+
+    remote = True
+
+    def __init__(self, directory: Path, *arguments: Any) -> None:
+        super().__init__(directory, Clock())
+
+    def get(self, key: str) -> bytes | None:
+        if self.away:
+            raise StorageUnavailable("away", retry_after=1.0)
+        return super().get(key)
+
+    def transaction(self, work: Callable[[Batch], Any], shared: bool = False) -> Any:
+        self.get("")
+        return super().transaction(work, shared)
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Away:
+    made = Away(tmp_path / "database")
+    monkeypatch.setattr("proxy.namespaces.private.database", lambda *_: made)
+    return made
+
+
+@pytest.fixture
+async def bucket(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeBucket]:
+    at_once = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2)}
+    once = {"max_retries": 1, "retry_timeout": timedelta(seconds=30), "backoff": at_once}
+    monkeypatch.setattr("storage.bucket.settings._RETRY", once)
+    async with FakeBucket() as fake:
+        yield fake
+
+
+async def pulled(registry: Registry, digest: Digest, status: int, outdated: bool = False) -> None:
+    for method, headers in (("HEAD", {}), ("GET", {}), ("GET", {"Range": "bytes=1-3"})):
+        found = await registry.ask(method, f"{APP}/blobs/{digest}", **headers)
+        assert found.status == (206 if headers and status == 200 else status), (method, found.content_read)
+        assert ("Retry-After" in found.headers) == (status == 503)
+        if status == 200:
+            assert ("Warning" in found.headers) == outdated
+
+
+async def stop(registry: Registry) -> None:
+    """Stop it, and wait until its threads have closed what they have open of the database."""
+    private = registry.site.app.composition.private
+    await registry.site.app.stop()
+    assert private is not None and private._threads is not None
+    private._threads.shutdown()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@pytest.mark.parametrize("content", [LAYER, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("objects", "away", "copied", "status"),
+    [
+        ("there", False, False, 200),
+        ("there", True, False, 200),
+        ("there", True, True, 200),
+        pytest.param(
+            "lost", False, False, 404, marks=DAMAGED
+        ),  # the database has confirmed it: push it again
+        ("lost", False, True, 200),
+        ("lost", True, False, 503),
+        ("lost", True, True, 200),
+        pytest.param("ill", False, False, 503, marks=pytest.mark.errors("bucket.failed")),
+        pytest.param("ill", True, False, 503, marks=pytest.mark.errors("bucket.failed")),
+        ("ill", True, True, 200),
+    ],
+)
+async def test_a_blob_of_a_bucket(
+    serve: Serve,
+    upstream: Upstream,
+    database: Away,
+    bucket: FakeBucket,
+    content: bytes,
+    objects: str,
+    away: bool,
+    copied: bool,
+    status: int,
+) -> None:
+    top = {"shared": {**shared(bucket), "records": URL}}
+    registry = Registry(await serve(upstream, top=top, more={"local": {"store": {}}}), bucket)
+    digest = await registry.push(content)
+    await pulled(registry, digest, 200)
+    await registry.filled()
+    await registry.site.app.composition.copies.settled()
+    if not copied:
+        await registry.evict()
+    if objects == "lost":
+        bucket.objects.clear()
+    bucket.down = answer(503, "SlowDown") if objects == "ill" else None
+    database.away = away
+    await pulled(registry, digest, status, outdated=away)
+    if away:
+        await pulled(registry, Digest.of(b"never pulled"), 503)
+    database.away = False
+    await stop(registry)
+
+
+@pytest.mark.parametrize(
+    ("away", "status"), [pytest.param(False, 404, marks=DAMAGED), (True, 503)], ids=["well", "away"]
+)
+async def test_a_blob_that_clients_fetch_from_the_bucket(
+    serve: Serve, upstream: Upstream, database: Away, bucket: FakeBucket, away: bool, status: int
+) -> None:
+    settings = {**shared(bucket), "records": URL}
+    top = {"shared": settings, "redirect": {"above": "1MiB", "endpoint": settings["endpoint"]}}
+    registry = Registry(await serve(upstream, top=top, more={"local": {"store": {}}}), bucket)
+    path = f"{APP}/blobs/{await registry.push(LARGE)}"
+    assert (await registry.ask("GET", path)).status == 307
+    bucket.objects.clear()
+    database.away = away
+    assert (await registry.ask("GET", path)).status == status
+    database.away = False
+    await stop(registry)
+
+
+@pytest.mark.parametrize(("away", "status"), [(False, 404), (True, 503)], ids=["well", "away"])
+async def test_a_blob_of_a_directory_that_servers_share(
+    serve: Serve, upstream: Upstream, database: Away, bucket: FakeBucket, away: bool, status: int
+) -> None:
+    site = await serve(upstream, top={"shared": {"records": URL}}, more={"local": {"store": {}}})
+    registry = Registry(site, bucket)
+    digest = await registry.push(LAYER)
+    await pulled(registry, digest, 200)
+    (file,) = (site.directory / "private" / "blobs").glob("*/*/*")
+    database.away = away
+    await pulled(registry, digest, 200, outdated=away)
+    file.unlink()
+    await pulled(registry, digest, status)
+    database.away = False
+    await stop(registry)

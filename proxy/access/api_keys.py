@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import msgspec
 
-from proxy.access.credentials import BadCredential
+from proxy.access.credentials import KEY, BadCredential
 from proxy.access.records import PATIENCE, AccessRecords, AccessState, ApiKey
 from proxy.access.rules import Grant, Principal
 from proxy.access.scopes import CATALOG, REPOSITORY, Scope, parse_scope
@@ -46,7 +46,7 @@ class ApiKeys:
     Methods that read or change the records raise StorageFailed.
     """
 
-    scheme = "key"
+    scheme = KEY
     what = "the API key"
 
     def __init__(self, records: AccessRecords, clock: Callable[[], float] = time.time) -> None:
@@ -214,7 +214,7 @@ def _grants(scopes: Iterable[str]) -> Iterable[Grant]:
 def _principal(key: ApiKey) -> Principal:
     return Principal(
         user=f"key:{key.name}",  # no user of htpasswd has a colon in its name
-        scheme="key",
+        scheme=KEY,
         grants=tuple(_grants(key.scopes)),
         until=math.inf if key.expires is None else key.expires,
         proof=key.digest,

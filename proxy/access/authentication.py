@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from proxy.access.client_address import ClientAddresses, absolute, parse
-from proxy.access.credentials import BadCredential, CredentialVerifier
+from proxy.access.credentials import KEY, BadCredential, CredentialVerifier
 from proxy.access.rules import IPAddress, Principal
 from proxy.access.throttle import LoginThrottle
 from proxy.telemetry.exchange import KeyLock
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # they need libraries that not every configuration needs
     from proxy.access.bearer import TokenVerifier
     from proxy.access.htpasswd import Htpasswd
 
-LOCKING = ("key", "issued")  # schemes of credentials that may have a lock
+LOCKING = (KEY, "issued")  # schemes of credentials that may have a lock
 TOKEN_PATH = "/token"  # of this server's own token endpoint
 _DATED = "asof+"  # what a user begins with who is no name but a date
 _UNQUOTABLE = {ord('"'): "%22", ord("\\"): "%5C"}

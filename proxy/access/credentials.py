@@ -11,6 +11,8 @@ from typing import Protocol
 
 from proxy.access.rules import Principal
 
+KEY = "key"  # the scheme of API keys
+
 
 class BadCredential(Exception):
     """A credential is not accepted.  The message gives the reason without any part of the credential.

@@ -24,7 +24,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
 from joserfc.jws import deserialize_compact, extract_compact, serialize_compact
 
-from proxy.access.credentials import BadCredential
+from proxy.access.credentials import KEY, BadCredential
 from proxy.access.records import AccessRecords, SigningKey
 from proxy.access.rules import Grant, Principal
 
@@ -174,7 +174,7 @@ class TokenIssuer:
         return None  # no token is issued in exchange for a token
 
     async def _bearer(self, token: str, use: Use) -> Principal:
-        """Who a token was issued to, as it is now.  Raises BadCredential."""
+        """Who a token was issued to, as it is now.  Raises BadCredential, StorageFailed."""
         state = await self._records.read(keys=False)
         mark = _mark(token)
         known = self._known.get(mark)
@@ -190,6 +190,8 @@ class TokenIssuer:
         if claims.exp <= now:
             self._known.pop(mark, None)
             raise BadCredential("it has expired")
+        if known.principal.scheme == KEY:
+            await self._records.read()  # of an outage, the keys that sign tokens bridge more than API keys do
         if (current := self._renewed(known.principal)) is None:
             raise BadCredential("what it was issued for, a user or an API key, is no longer accepted")
         return replace(current, within=known.principal.within, until=min(current.until, claims.exp))

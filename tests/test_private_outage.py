@@ -1,23 +1,29 @@
-"""What a pull from a private registry is answered: its content there or lost, its database well or away."""
+"""What clients of a private registry are answered while its database is away, or its content is lost."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proxy.access.records import RECENT, STALE, AccessRecords
 from proxy.cache.copies import SMALL
 from storage.errors import StorageUnavailable
 from storage.oci import Digest
 from storage.records import Batch
-from tests.conftest import Clock, Serve
+from tests.conftest import Clock, Serve, Site
 from tests.objects import FakeBucket, answer
+from tests.test_access import ALICE, users  # noqa: F401
+from tests.test_api_keys import TEAM, Keyed
 from tests.test_bucket_server import APP, Registry, shared
 from tests.test_remembered import Database
+from tests.test_token_endpoint import bearer
 from tests.upstream import Upstream
 
 LAYER = b"a layer"
@@ -38,6 +44,10 @@ class Away(Database):
         if self.away:
             raise StorageUnavailable("away", retry_after=1.0)
         return super().get(key)
+
+    def scan(self, prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
+        self.get("")
+        return super().scan(prefix, after)
 
     def transaction(self, work: Callable[[Batch], Any], shared: bool = False) -> Any:
         self.get("")
@@ -69,10 +79,10 @@ async def pulled(registry: Registry, digest: Digest, status: int, outdated: bool
             assert ("Warning" in found.headers) == outdated
 
 
-async def stop(registry: Registry) -> None:
+async def stop(site: Site) -> None:
     """Stop it, and wait until its threads have closed what they have open of the database."""
-    private = registry.site.app.composition.private
-    await registry.site.app.stop()
+    private = site.app.composition.private
+    await site.app.stop()
     assert private is not None and private._threads is not None
     private._threads.shutdown()
     await asyncio.get_running_loop().shutdown_default_executor()
@@ -123,7 +133,7 @@ async def test_a_blob_of_a_bucket(
     if away:
         await pulled(registry, Digest.of(b"never pulled"), 503)
     database.away = False
-    await stop(registry)
+    await stop(registry.site)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +151,7 @@ async def test_a_blob_that_clients_fetch_from_the_bucket(
     database.away = away
     assert (await registry.ask("GET", path)).status == status
     database.away = False
-    await stop(registry)
+    await stop(registry.site)
 
 
 @pytest.mark.parametrize(("away", "status"), [(False, 404), (True, 503)], ids=["well", "away"])
@@ -158,4 +168,43 @@ async def test_a_blob_of_a_directory_that_servers_share(
     file.unlink()
     await pulled(registry, digest, status)
     database.away = False
-    await stop(registry)
+    await stop(registry.site)
+
+
+async def test_what_credentials_are_answered(
+    serve: Serve,
+    upstream: Upstream,
+    database: Away,
+    users: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = Clock()
+    monkeypatch.setattr("proxy.access.records.AccessRecords", partial(AccessRecords, clock=seconds))
+    access = {"api_keys": True, "token_endpoint": {}, "rules": [], "htpasswd": str(users)}
+    access["rules"] = [{"who": ["user:alice"], "may": ["pull"], "where": ["local/*"]}]
+    shared = {"records": URL, "remember_for": "1h"}
+    site = await serve(upstream, top={"shared": shared, "access": access}, more={"local": {"store": {}}})
+    door = Keyed(site)
+    key = await door.key("ci", "--scope", TEAM)
+    assert (await door.push(bearer(key))).status == 201
+
+    async def token(headers: dict[str, str]) -> dict[str, str]:
+        said = await door.ask("GET", "/token?scope=repository:local/team/app:pull", headers)
+        return bearer(json.loads(said.body)["token"])
+
+    of_key, of_user = await token(bearer(key)), await token(ALICE)
+
+    async def answers(*given: dict[str, str]) -> list[int]:
+        return [(await door.act("pull", each)).status for each in given]
+
+    assert await answers(bearer(key), of_key, of_user, ALICE) == [200] * 4
+    database.away = True
+    for passed, keys, tokens in ((1.0, 200, 200), (STALE, 503, 200), (3600.0, 503, 503)):
+        seconds.now = Clock().now + passed
+        assert await answers(bearer(key), of_key, of_user, ALICE) == [keys, keys, tokens, 200], passed
+    database.away = False
+    assert await answers(bearer(key), of_key, of_user, ALICE) == [200] * 4  # at once
+    await door.run("revoke", "ci")
+    seconds.advance(RECENT)
+    assert await answers(bearer(key), of_key, of_user, ALICE) == [401, 401, 200, 200]
+    await stop(site)

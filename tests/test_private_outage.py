@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from proxy.access.records import RECENT, STALE, AccessRecords
+from proxy.access.records import AGAIN, RECENT, STALE, AccessRecords
 from proxy.cache.copies import SMALL
 from storage.errors import StorageUnavailable
 from storage.oci import Digest
@@ -171,6 +171,27 @@ async def test_a_blob_of_a_directory_that_servers_share(
     await stop(registry.site)
 
 
+async def test_a_token_of_a_locked_key_stays_locked(
+    serve: Serve, upstream: Upstream, tmp_path: Path, database: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = Clock()
+    monkeypatch.setattr("proxy.access.records.AccessRecords", partial(AccessRecords, clock=seconds))
+    good, bad = upstream.image("a/b", "v1", [b"good"]), upstream.image("a/b", "v2", [b"bad"])
+    lock = tmp_path / "images.lock"
+    lock.write_text(f"docker.io/a/b:v1@{good.digest}\n")
+    top = {"access": {"api_keys": True, "token_endpoint": {}}, "shared": {"records": URL}}
+    door = Keyed(await serve(upstream, top=top, more={"local": {"store": {}}}))
+    key = bearer(await door.key("edge", "--locked", str(lock)))
+    token = bearer(json.loads((await door.ask("GET", "/token", key)).body)["token"])
+    for away, passed, status in ((False, 0.0, 403), (True, RECENT, 403), (True, STALE, 503)):
+        database.away = away
+        seconds.advance(passed)
+        for headers in (key, token):
+            assert (await door.ask("GET", f"/v2/a/b/manifests/{bad.digest}", headers)).status == status
+    database.away = False
+    await stop(door.site)
+
+
 async def test_what_credentials_are_answered(
     serve: Serve,
     upstream: Upstream,
@@ -198,8 +219,11 @@ async def test_what_credentials_are_answered(
         return [(await door.act("pull", each)).status for each in given]
 
     assert await answers(bearer(key), of_key, of_user, ALICE) == [200] * 4
+    later = bearer(await door.key("later", "--scope", TEAM))  # of which the server has not learned
     database.away = True
-    for passed, keys, tokens in ((1.0, 200, 200), (STALE, 503, 200), (3600.0, 503, 503)):
+    seconds.advance(RECENT)
+    assert await answers(later) == [503]
+    for passed, keys, tokens in ((AGAIN, 200, 200), (STALE, 503, 200), (3600.0, 503, 503)):
         seconds.now = Clock().now + passed
         assert await answers(bearer(key), of_key, of_user, ALICE) == [keys, keys, tokens, 200], passed
     database.away = False

@@ -68,6 +68,7 @@ class ApiKeys:
         state = await self._records.read()
         key = state.keys.get(_digest(secret))
         if key is None:
+            self._records.check_whole()
             raise BadCredential("there is none like it: it was revoked, or is mistyped")
         if not self._lasts(key):
             raise BadCredential("it has expired: entrepot keys create makes another one")

@@ -179,7 +179,12 @@ class TokenIssuer:
         mark = _mark(token)
         known = self._known.get(mark)
         if known is None or known.key not in state.signing:
-            known = self._known[mark] = _verified(token, state.signing)
+            try:
+                known = _verified(token, state.signing)
+            except BadCredential:
+                self._records.check_whole()  # another server may have made a key, and signed by it
+                raise
+            self._known[mark] = known
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         claims, now = known.claims, self._clock()
@@ -190,9 +195,11 @@ class TokenIssuer:
         if claims.exp <= now:
             self._known.pop(mark, None)
             raise BadCredential("it has expired")
-        if known.principal.scheme == KEY:
+        if of_key := known.principal.scheme == KEY:
             await self._records.read()  # of an outage, the keys that sign tokens bridge more than API keys do
         if (current := self._renewed(known.principal)) is None:
+            if of_key:
+                self._records.check_whole()
             raise BadCredential("what it was issued for, a user or an API key, is no longer accepted")
         return replace(current, within=known.principal.within, until=min(current.until, claims.exp))
 

@@ -89,6 +89,7 @@ class AccessRecords:
         self._keep = max(keep, STALE)
         self._reading: asyncio.Task[None] | None = None
         self._silent = False  # whether the attempt to read them takes too long
+        self._failed = False  # whether the last one failed
         self._state: AccessState | None = None
         self._version: object = None
         self._read_at = 0.0  # when they were read
@@ -101,6 +102,7 @@ class AccessRecords:
             return self._state if recent else None
         version = self._records.version()
         if self._state is None or version is None or version != self._version:
+            self._failed = True
             with suppress(StorageFailed):
                 self._take(self._load(), version)
                 return self._state
@@ -111,6 +113,12 @@ class AccessRecords:
     def silent(self) -> bool:
         """Whether they are in a database that does not answer now."""
         return self._silent
+
+    def check_whole(self) -> None:
+        """Raise StorageUnavailable if read() or current() gave what was read before: there may be more."""
+        if self._silent or self._failed:
+            cause = "its records cannot be read now"
+            raise StorageUnavailable("the records of access cannot be read", cause=cause, retry_after=AGAIN)
 
     @property
     def latest(self) -> AccessState:
@@ -146,6 +154,7 @@ class AccessRecords:
         try:
             self._take(await run_in_thread(self._load), None)
         except StorageFailed:
+            self._failed = True
             self._tried_at = self._clock() + AGAIN - RECENT
             raise
 
@@ -159,7 +168,7 @@ class AccessRecords:
         return self._state is not None and self._clock() - self._read_at < seconds
 
     def _take(self, state: AccessState, version: object) -> None:
-        self._state, self._version = state, version
+        self._state, self._version, self._failed = state, version, False
         self._read_at = self._tried_at = self._clock()
 
     def _load(self) -> AccessState:

@@ -324,6 +324,39 @@ async def test_a_body_that_is_not_read_to_its_end_is_not_drained(ask: Ask, serve
     await server.ended.wait()
 
 
+async def test_who_reads_on_until_the_end_waits_for_nothing(ask: Ask, server: Server) -> None:
+    emptied, come = asyncio.Event(), asyncio.Event()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        await response(BODY[:-1000], len(BODY))(writer)
+        await emptied.wait()
+        writer.write(BODY[-1000:])
+        come.set()
+
+    async def read(readinto: ReadInto) -> int:
+        before, memory = len(got), memoryview(bytearray(1 << 20))
+        while len(got) < len(BODY):
+            if number := readinto(memory):
+                got.extend(memory[:number])
+            elif len(got) == len(BODY) - 1000:
+                emptied.set()
+                await come.wait()
+            else:
+                break
+            await asyncio.sleep(0)  # so that the server writes
+        return len(got) - before
+
+    got = bytearray()
+    server.answers.append(answer)
+    blob = await opened(ask, server)
+    incoming = blob.incoming()
+    assert incoming is not None
+    while await incoming.pass_on(read):
+        pass
+    assert got == BODY
+    await blob.close()
+
+
 async def test_what_comes_in_another_way_comes_in_chunks(ask: Ask, upstream: Upstream) -> None:
     digest = upstream.blob("a/b", BODY)
     upstream.content_length = False

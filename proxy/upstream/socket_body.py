@@ -157,6 +157,7 @@ class SocketBody:
         buffer[:done], self._head = self._head[:done], self._head[done:]
         stop = min(len(buffer), done + self._rest)
         receive = self._socket.recv_into if self._tls is None else self._decrypt
+        self._empty = False  # one thread may read more than once between two waits
         with self._lock:
             while done < stop and self._error is None:
                 try:

@@ -321,6 +321,32 @@ async def test_what_was_not_handed_over_is_after_a_restart(
     assert len(fake.objects) == 1
 
 
+@pytest.mark.errors("bucket.failed")
+@pytest.mark.parametrize("left", [LAYER[:-1], bytes(len(LAYER))], ids=["truncated", "other"])
+async def test_a_file_that_was_damaged_meanwhile_is_not_handed_over(
+    start: Start, upstream: Upstream, fake: FakeBucket, left: bytes
+) -> None:
+    digest = upstream.blob("a/b", LAYER)
+    one = await start("one")
+    fake.down = answer(503, "SlowDown")
+    assert (await one.get(blob_of(digest)))[2] == LAYER
+    await one.app.stop()
+    (file,) = one.directory.glob("cache/blobs/*/*/*")
+    file.chmod(0o600)
+    file.write_bytes(left)
+    fake.down, fake.spoilt["PUT"] = None, [answer(400, "BadDigest")]
+    again = await start("one")
+    deposits = again.app.composition.deposits
+    assert deposits is not None
+    await deposits.resume()
+    assert fake.objects == {}
+    assert list(again.app.composition.store.records.keys(DEPOSIT.prefix())) == []
+    assert (await again.get(blob_of(digest)))[2] == LAYER  # it is fetched again
+    fake.spoilt.clear()
+    await deposited(again)
+    assert list(fake.objects.values()) == [LAYER]
+
+
 async def test_a_server_that_is_offline_serves_what_others_have(
     start: Start, upstream: Upstream, fake: FakeBucket
 ) -> None:

@@ -29,7 +29,7 @@ from storage.bucket.signed_requests import (
     signed_requests,
 )
 from storage.disk.records import SQLiteRecords
-from storage.errors import Unavailable
+from storage.errors import DigestInvalid, StorageFailed, Unavailable
 from storage.keys import LEFTOVER
 from storage.oci import Digest
 from tests.conftest import Clock
@@ -183,6 +183,29 @@ async def test_what_is_refused_is_put_otherwise_for_a_while(
     await place.put()
     assert fake.asked[-1] == "PUT pre/fix/key"
     assert fake.objects == {"pre/fix/key": LARGE}
+
+
+@pytest.mark.parametrize("left", [LARGE[:-1], LARGE + b"!", None])
+async def test_a_file_of_another_size_is_not_put(
+    fake: FakeBucket, tmp_path: Path, left: bytes | None
+) -> None:
+    place = Place(fake.settings(), tmp_path)
+    place.source.unlink()
+    if left is not None:
+        place.source.write_bytes(left)
+    for digest in (Digest.of(LARGE), Digest.of(LARGE, "sha512")):
+        with pytest.raises(StorageFailed, match="No such file" if left is None else f"has {len(left)} of"):
+            await place.put(digest=digest)
+    assert fake.asked == []
+
+
+async def test_a_file_of_other_content_is_not_put_otherwise(fake: FakeBucket, tmp_path: Path) -> None:
+    place = Place(fake.settings(), tmp_path)
+    place.source.write_bytes(bytes(len(LARGE)))
+    fake.spoilt["PUT"] = [answer(400, "BadDigest")]
+    with pytest.raises(DigestInvalid, match="content is sha256:"):
+        await place.put()
+    assert fake.objects == {}
 
 
 @pytest.mark.parametrize(

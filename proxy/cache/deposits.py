@@ -19,7 +19,7 @@ from proxy.cache.shared_store import SharedStore
 from storage.bucket.failures import BucketFailed
 from storage.concurrency import run_in_thread
 from storage.content import files_of
-from storage.errors import BlobUnknown, StorageFailed, Unavailable
+from storage.errors import BlobUnknown, DigestInvalid, StorageFailed, Unavailable
 from storage.keys import COPIES, DEPOSIT, LINK
 from storage.oci import Digest
 from storage.store import Store
@@ -87,11 +87,15 @@ class Deposits:
         """Raises StorageFailed, Unavailable."""
         linking = (LINK.parse(key)[0] for key in self._store.records.linking(digest))
         repositories = [each for each in linking if each != COPIES]
-        with suppress(BlobUnknown):  # it was evicted: there is nothing to hand over
-            blob = self._files.open(digest)
+        linked = filter(None, (self._store.linked(each, digest) for each in repositories))
+        with suppress(BlobUnknown):  # it was evicted, or is damaged: there is nothing to hand over
+            blob = self._files.open(digest, next((each.size for each in linked), None))
             try:
                 await self._shared.settled(digest)
                 await self._objects.adopt(blob.fileno(), digest)
+            except DigestInvalid:
+                await run_in_thread(self._files.verify, digest)  # which removes it
+                raise
             finally:
                 await blob.close()
             for each in repositories:

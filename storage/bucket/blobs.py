@@ -47,7 +47,7 @@ from storage.disk.health import DiskHealth
 from storage.disk.reaper import uptime
 from storage.disk.tree import StoredBlob
 from storage.disk.uploads import FileUpload
-from storage.errors import BlobUnknown, BlobUploadUnknown, StorageFailed, Unavailable
+from storage.errors import BlobUnknown, BlobUploadUnknown, RegistryError, StorageFailed, Unavailable
 from storage.keys import LEFTOVER, OBJECT, UPLOAD
 from storage.oci import ALGORITHMS, OCTETS, Descriptor, Digest
 from storage.records import Batch, Records
@@ -318,7 +318,7 @@ class BucketBlobs(UploadFiles):
         renewing = asyncio.create_task(self._renew_claim(key))
         try:
             await self.put_object(key, source, size, digest)
-        except Unavailable:
+        except RegistryError:
             with suppress(StorageFailed):  # others need not wait for it
                 await run_in_thread(self._claim_since, key, self.clock() - CLAIM - 1)
             raise

@@ -6,6 +6,7 @@ Every failure but that of a missing object is an Unavailable, and is reported to
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,9 @@ from storage.bucket.memory import return_large_pieces
 from storage.bucket.settings import ObjectStore
 from storage.bucket.signed_requests import BucketRefused, SignedRequests
 from storage.concurrency import run_in_thread, uninterrupted
+from storage.disk.health import translated
 from storage.disk.troubles import Trouble, Troubles
-from storage.errors import OriginTimeout
+from storage.errors import DigestInvalid, OriginTimeout, RegistryError, StorageFailed
 from storage.oci import Descriptor, Digest
 from storage.registry import Blob
 
@@ -188,6 +190,8 @@ class Bucket:
             if text:
                 self.health.worked()
             raise ObjectUnknown(f"{self.name} has no {key}") from None
+        except RegistryError:
+            raise  # it is not the bucket that is at fault
         except Exception as error:  # obstore's are of several kinds, and a panic of its library is another
             if not text and explain(error).right:
                 raise ObjectUnknown(f"{self.name} does not show {key}") from None
@@ -198,8 +202,13 @@ class Bucket:
         """Make an object of a file of `size` bytes, with this digest; it appears whole or not at all.
 
         At most AT_ONCE parts of it are in memory.  A failure aborts it.  A cancellation waits for its end:
-        obstore would leave the parts that are under way.
+        obstore would leave the parts that are under way.  Raises StorageFailed if the file has not this size,
+        and DigestInvalid if the service has refused it and it has not this digest.
         """
+        with translated(source):
+            found = source.stat().st_size
+        if found != size:  # else the service would wait for the rest, or get an object without it
+            raise StorageFailed(f"{source} has {found} of {size} bytes", cause="a file is damaged")
         part = max(PART, -(-size // PARTS))
         options: Any = {"chunk_size": part, "max_concurrency": AT_ONCE, "attributes": self._attributes}
         async with self._uploads:
@@ -208,7 +217,7 @@ class Bucket:
                     await uninterrupted(obstore.put_async(self._store, key, source, **options))
 
     async def _put_signed(self, key: str, source: Path, size: int, digest: Digest | None) -> bool:
-        """Put an object by a request of our own, where that is better.  Raises TimeoutError."""
+        """Put an object by our own request, where that is better.  Raises TimeoutError, DigestInvalid."""
         requests = self._requests
         if requests is None or not requests.puts or size > WHOLE:
             return False
@@ -219,7 +228,11 @@ class Bucket:
             await run_in_thread(*work, threads=self._threads)
         except TimeoutError:
             raise
-        except (BucketRefused, OSError):  # obstore tries again, and reports what is wrong
+        except OSError:  # obstore tries again, and reports what is wrong
+            return False
+        except BucketRefused:  # so it does, unless it is the file that is wrong: the service would not notice
+            if (found := await run_in_thread(_digest_of, source)) != digest:
+                raise DigestInvalid(f"content is {found}, not {digest}") from None
             return False
         return True
 
@@ -337,6 +350,11 @@ class Bucket:
                 obstore.get(self._store, "probe")
         except ObjectUnknown:
             pass
+
+
+def _digest_of(path: Path) -> Digest:
+    with translated(path), path.open("rb") as file:
+        return Digest.of_hash(hashlib.file_digest(file, "sha256"))
 
 
 def healthy(name: str, root: Path) -> BucketHealth:

@@ -14,8 +14,9 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from storage.errors import StorageFailed, StorageUnavailable
@@ -132,6 +133,14 @@ class RecordMemory:
         """Whether it is not too long ago.  A time that is yet to come may be any."""
         return 0 <= self._clock() - at <= self._keep
 
+    def clear(self) -> None:
+        """Forget all: it is of other records."""
+        with self._lock:
+            self._waiting.clear()
+            self._seen.clear()
+        for some in batches(self._here.keys(REMEMBERED.prefix())):
+            self._here.transaction(partial(_delete, some), shared=True)
+
     def confirm(self, there: SharedRecords) -> None:
         """Compare all with the records, and forget what was not used for long, or is too much."""
         begun = self._clock()
@@ -175,6 +184,11 @@ class RecordMemory:
         self._here.transaction(work, shared=True)
         with self._lock:
             self._seen.pop(key, None)
+
+
+def _delete(keys: Iterable[str], batch: Batch) -> None:
+    for key in keys:
+        batch.delete(key)
 
 
 class _NotedBatch:

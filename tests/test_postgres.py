@@ -396,6 +396,30 @@ def test_of_several_servers_the_one_that_answers_is_used(url: str) -> None:
     assert other.partition("@")[2].partition("?")[0] == records.name.replace("127", "127.0.0.1:1,127", 1)
 
 
+def test_a_database_that_has_become_another_one_is_not_used(
+    postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = list[str]()
+
+    def check(identity: str) -> None:
+        if known and identity not in known:
+            raise StorageFailed("it is another database")
+        known.append(identity)
+
+    url, other = postgres_server.database(), postgres_server.database()
+    with closing(PostgresRecords(other)) as elsewhere, closing(PostgresRecords(url, check=check)) as records:
+        records.put("a", b"1")
+        end_connections(url)
+        with monkeypatch.context() as moved:
+            moved.setattr(records._connections, "_parameters", elsewhere._connections._parameters)
+            for _ in range(2):
+                with pytest.raises(StorageFailed, match="another database"):
+                    records.get("a")
+        assert records.get("a") == b"1"
+        assert elsewhere.get("a") is None
+        assert len(known) == 1
+
+
 # When it is busy
 
 

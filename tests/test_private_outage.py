@@ -14,7 +14,8 @@ import pytest
 
 from proxy.access.records import AGAIN, RECENT, STALE, AccessRecords
 from proxy.cache.copies import SMALL
-from storage.errors import StorageUnavailable
+from proxy.namespaces.private import DATABASE
+from storage.errors import StorageFailed, StorageUnavailable
 from storage.oci import Digest
 from storage.records import Batch
 from tests.conftest import Clock, Serve, Site
@@ -36,8 +37,9 @@ class Away(Database):
     """A database that can be away."""
 
     remote = True
+    check: Callable[[str], None]  # that of the last who has opened it
 
-    def __init__(self, directory: Path, *arguments: Any) -> None:
+    def __init__(self, directory: Path) -> None:
         super().__init__(directory, Clock())
 
     def get(self, key: str) -> bytes | None:
@@ -57,7 +59,14 @@ class Away(Database):
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Away:
     made = Away(tmp_path / "database")
-    monkeypatch.setattr("proxy.namespaces.private.database", lambda *_: made)
+
+    def open(config: object, clock: object, troubles: object, check: Callable[[str], None]) -> Away:
+        made.check = check
+        if not made.away:
+            check("one")
+        return made
+
+    monkeypatch.setattr("proxy.namespaces.private.database", open)
     return made
 
 
@@ -79,12 +88,13 @@ async def pulled(registry: Registry, digest: Digest, status: int, outdated: bool
             assert ("Warning" in found.headers) == outdated
 
 
-async def stop(site: Site) -> None:
-    """Stop it, and wait until its threads have closed what they have open of the database."""
-    private = site.app.composition.private
-    await site.app.stop()
-    assert private is not None and private._threads is not None
-    private._threads.shutdown()
+async def stop(*sites: Site) -> None:
+    """Stop them, and wait until their threads have closed what they have open of the database."""
+    for site in sites:
+        private = site.app.composition.private
+        await site.app.stop()
+        assert private is not None and private._threads is not None
+        private._threads.shutdown()
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
@@ -169,6 +179,33 @@ async def test_a_blob_of_a_directory_that_servers_share(
     await pulled(registry, digest, status)
     database.away = False
     await stop(registry.site)
+
+
+async def test_what_is_remembered_is_of_the_database_of_the_directory(
+    serve: Serve, upstream: Upstream, database: Away, bucket: FakeBucket
+) -> None:
+    async def start() -> Registry:
+        top = {"shared": {**shared(bucket), "records": URL}}
+        return Registry(await serve(upstream, top=top, more={"local": {"store": {}}}), bucket)
+
+    first = await start()
+    digest = await first.push(LAYER)
+    await pulled(first, digest, 200)
+    database.away = True
+    again = await start()  # while the database is away
+    await pulled(again, digest, 200, outdated=True)
+    with pytest.raises(StorageFailed, match="belongs to another database"):
+        database.check("another")
+    await pulled(again, digest, 503)
+    database.away = False
+    await pulled(again, digest, 200)
+    database.away = True
+    await pulled(again, digest, 200, outdated=True)
+    (again.site.directory / "private" / DATABASE).unlink()
+    last = await start()  # nobody knows which database is that of this directory
+    await pulled(last, digest, 503)
+    database.away = False
+    await stop(first.site, again.site, last.site)
 
 
 async def test_a_token_of_a_locked_key_stays_locked(

@@ -10,7 +10,7 @@ from typing import Any
 
 from proxy.extensions.extension import Extension, ExtensionFailed
 from proxy.extensions.protocols import OfferedObject
-from storage.bucket.objects import UPLOADS, Bucket, BucketHealth, ObjectUnknown, Opened
+from storage.bucket.objects import UPLOADS, Bucket, BucketHealth, ObjectUnknown, Opened, check_size
 from storage.concurrency import uninterrupted
 from storage.oci import Digest
 
@@ -31,6 +31,7 @@ class ExtensionBucket(Bucket):
         self._turns = asyncio.Semaphore(UPLOADS)
 
     async def put(self, key: str, source: Path, size: int, digest: Digest | None = None) -> None:
+        check_size(source, size)
         given = self._prefix + key, source, size
         async with self._turns:
             work = self._extension.call("put", *given, gives=_NOTHING, more=size / SLOWEST)

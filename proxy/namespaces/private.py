@@ -174,10 +174,11 @@ def engine(
     records: Records
     remembered: RememberedRecords | None = None
     if shared and config.shared.records is not None:
-        check = partial(check_identity, root, disk) if guarded else _any
+        memory = _memory(config, root, clock, here)
+        check = partial(check_identity, root, disk, memory) if guarded else _any
         records = there = database(config.shared, clock, troubles, check)
-        if here is not None and (keep := config.shared.remember_for):
-            records = remembered = RememberedRecords(there, RecordMemory(here, keep, clock))
+        if memory is not None:
+            records = remembered = RememberedRecords(there, memory)
     else:
         records = SQLiteRecords(root / "records", clock, disk, durable=True)
     if guarded:
@@ -194,16 +195,34 @@ def engine(
     return Engine(records, content, kind, remembered)
 
 
+def _memory(
+    config: Config, root: Path, clock: Callable[[], float], here: Records | None
+) -> RecordMemory | None:
+    """What is remembered of the database that belongs to the directory, if there is to be a memory."""
+    if here is None or not (keep := config.shared.remember_for):
+        return None
+    memory = RecordMemory(here, keep, clock)
+    if not (root / DATABASE).exists():
+        memory.clear()
+    return memory
+
+
 def _any(identity: str) -> None:
     """Of a database that is the source or the target of a move."""
 
 
-def check_identity(root: Path, disk: DiskHealth, identity: str) -> None:
-    """Raise StorageFailed unless the content in this directory is that of the records."""
+def check_identity(root: Path, disk: DiskHealth, memory: RecordMemory | None, identity: str) -> None:
+    """Raise StorageFailed unless the content in this directory is that of the records.
+
+    `memory` forgets what it has of other records than those.
+    """
     file = root / DATABASE
     with disk.guard("records", file):
-        if file.exists():
-            if file.read_text() != identity:
+        known = file.read_text() if file.exists() else None
+        if memory is not None and known != identity:
+            memory.clear()
+        if known is not None:
+            if known != identity:
                 raise StorageFailed(
                     f"{root} belongs to another database, whose identity {file} has: use that one",
                     cause="its database is another one",

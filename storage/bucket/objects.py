@@ -205,10 +205,7 @@ class Bucket:
         obstore would leave the parts that are under way.  Raises StorageFailed if the file has not this size,
         and DigestInvalid if the service has refused it and it has not this digest.
         """
-        with translated(source):
-            found = source.stat().st_size
-        if found != size:  # else the service would wait for the rest, or get an object without it
-            raise StorageFailed(f"{source} has {found} of {size} bytes", cause="a file is damaged")
+        check_size(source, size)
         part = max(PART, -(-size // PARTS))
         options: Any = {"chunk_size": part, "max_concurrency": AT_ONCE, "attributes": self._attributes}
         async with self._uploads:
@@ -350,6 +347,17 @@ class Bucket:
                 obstore.get(self._store, "probe")
         except ObjectUnknown:
             pass
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise StorageFailed for a file of another size.
+
+    Otherwise the service would wait for the rest, or get an object without it.
+    """
+    with translated(path):
+        found = path.stat().st_size
+    if found != size:
+        raise StorageFailed(f"{path} has {found} of {size} bytes", cause="a file is damaged")
 
 
 def _digest_of(path: Path) -> Digest:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import TypeVar
+from weakref import WeakSet
 
 import psycopg
 import structlog
@@ -25,7 +26,7 @@ from storage.errors import StorageFailed, StorageUnavailable
 from storage.keys import TAG
 from storage.postgres.connections import Busy, Closed, Connections, DatabaseConnection
 from storage.postgres.health import DatabaseHealth
-from storage.postgres.schema import BLOBS, DIGEST, LINKS, TAGS, TARGET, migrate
+from storage.postgres.schema import BLOBS, DIGEST, LINKS, TAGS, TARGET, identity_of, migrate
 from storage.records import BATCH, LAST, Batch, SharedRecords
 
 log = structlog.get_logger()
@@ -131,7 +132,8 @@ class PostgresRecords(SharedRecords):
     """Records that several servers share.
 
     `url` is a connection string of PostgreSQL.  A process has at most `connections`.  `check` is called with
-    the identity of the records before they are used, and raises StorageFailed if they are the wrong ones.
+    the identity of the records before they are used, also if a later connection leads to others, and raises
+    StorageFailed if they are the wrong ones.
     Each `part` has tables of its own: see Connections.
 
     Making it raises SchemaTooNew, and what `check` raises; if the database cannot be reached, the other
@@ -154,7 +156,8 @@ class PostgresRecords(SharedRecords):
         self.health = DatabaseHealth(self.name, clock, troubles)
         self._local = threading.local()
         self._check = check
-        self._checked = False
+        self._identity = ""  # of the records that are meant
+        self._verified = WeakSet[DatabaseConnection]()
         with suppress(StorageUnavailable):
             self._read(lambda batch: None)
 
@@ -270,15 +273,32 @@ class PostgresRecords(SharedRecords):
     @contextmanager
     def _connection(self) -> Iterator[DatabaseConnection]:
         with self._connections.take() as connection:
-            if not self._checked:
-                with closing(self._connections.connect(patient=True)) as patient:
-                    self._check(migrate(patient, self.name))
-                self._checked = True
+            if connection not in self._verified:
+                self._verify(connection)
             try:
                 yield connection
             except errors.ReadOnlySqlTransaction:
                 connection.close()  # its server has become a standby: another one is to be found
                 raise
+
+    def _verify(self, connection: DatabaseConnection) -> None:
+        """Close a new connection, and raise what `check` raises, if it leads to other records.
+
+        The first one may lead to tables that are still to be made.  Later ones may lead to another server.
+        """
+        try:
+            if self._identity:
+                found = identity_of(connection)
+            else:
+                with closing(self._connections.connect(patient=True)) as patient:
+                    found = migrate(patient, self.name)
+            if found != self._identity:
+                self._check(found)
+        except BaseException:
+            connection.close()
+            raise
+        self._identity = found
+        self._verified.add(connection)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -61,6 +61,11 @@ def migrate(connection: DatabaseConnection, name: str) -> str:
     """
     if version_of(connection) != VERSION:
         _bring_to_version(connection, name)
+    return identity_of(connection)
+
+
+def identity_of(connection: DatabaseConnection) -> str:
+    """The identity of the records; "" without any.  Raises psycopg.Error."""
     row = connection.execute("SELECT identity::text FROM entrepot_schema").fetchone()
     return str(row[0]) if row else ""
 

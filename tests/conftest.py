@@ -9,8 +9,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -25,7 +23,7 @@ import structlog
 from structlog.testing import LogCapture
 
 from proxy.access import records as access_records
-from proxy.cache import parts, rest, tags
+from proxy.cache import fills, parts, rest, tags
 from proxy.config import loader
 from proxy.config.schema import Config
 from proxy.server.housekeeping import Housekeeper
@@ -40,6 +38,9 @@ from storage import patient
 from tests.authority import Authority
 from tests.pools import is_kept_open
 from tests.postgres import PostgresServer
+from tests.running import keep_failures
+from tests.running import pytest_timeout_cancel_timer as pytest_timeout_cancel_timer
+from tests.running import pytest_timeout_set_timer as pytest_timeout_set_timer
 from tests.seaweed import Seaweed, seaweed_server
 from tests.upstream import Basic, Upstream
 from tests.upstream_client import PLAIN, Ask
@@ -50,9 +51,6 @@ if TYPE_CHECKING:
 # A deadline would be a timed test.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
-
-# A shell starts what runs in the background with SIGINT ignored, and processes inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Everybody may do all: for tests of what is done.
 OPEN: dict[str, Any] = {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]}
@@ -70,10 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for name in ("PYTEST_DEBUG_TEMPROOT", "TMPDIR"):  # of tests, and of what has to be short: sockets
             os.environ.setdefault(name, str(MEMORY))
         tempfile.tempdir = None  # it may be known already
-    # For each test, pytest-rerunfailures sends its controller two small messages.  The kernel holds back the
-    # second until it hears that the first has come (RFC 896): 40 ms later, and most tests take less.
-    if isinstance(to := getattr(getattr(config, "failures_db", None), "sock", None), socket.socket):
-        to.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    keep_failures(config)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -180,23 +175,24 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a machine is quick or slow decides no test: one about it says for how long to wait."""
-    monkeypatch.setattr(tags, "PATIENCE", None)
-    monkeypatch.setattr(parts, "MEASURED", math.inf)
-    monkeypatch.setattr(rest, "STALL", 30.0)
-    monkeypatch.setattr(patient, "PATIENCE", None)
-    monkeypatch.setattr(access_records, "PATIENCE", None)
-
-
 BACKOFF = transport.BACKOFF  # as it is where nobody is in a hurry
 
 
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An upstream is asked again without a rest: a test about the rest says how long it is."""
-    monkeypatch.setattr(transport, "BACKOFF", 0.0)
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """Whether a machine is quick or slow decides no test: one about it says for how long to wait.
+
+    And an upstream is asked again without a rest: a test about the rest says how long it is.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tags, "PATIENCE", None)
+        patched.setattr(parts, "MEASURED", math.inf)
+        patched.setattr(rest, "STALL", 30.0)
+        patched.setattr(patient, "PATIENCE", None)
+        patched.setattr(access_records, "PATIENCE", None)
+        patched.setattr(transport, "BACKOFF", 0.0)
+        patched.setattr(fills, "BACKOFF", 0.0)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -367,9 +363,13 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-async def no_task_left() -> AsyncIterator[None]:
+def no_task_left(_function_scoped_runner: asyncio.Runner) -> Iterator[None]:
+    # By the fixture of pytest-asyncio: one more that is asynchronous takes 0.3 ms.
     yield
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    loop = _function_scoped_runner.get_loop()
+    if asyncio.all_tasks(loop):
+        _function_scoped_runner.run(asyncio.sleep(0))  # one that a test left to the loop to end
+    tasks = asyncio.all_tasks(loop)
     assert not tasks, f"tasks left: {tasks}"
 
 

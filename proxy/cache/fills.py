@@ -62,6 +62,7 @@ class Fills:
     make_room: evicts, as far as possible, so that a number of bytes can be stored
     deposits: gets what is stored
     known: what all processes know of upstreams
+    backoff: seconds before the first retry without progress; BACKOFF if it is None
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Fills:
         metrics: Metrics,
         slots: Slots | None = None,
         range_slots: Slots | None = None,
-        backoff: float = BACKOFF,
+        backoff: float | None = None,
         make_room: MakeRoom = make_no_room,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
@@ -79,9 +80,9 @@ class Fills:
     ) -> None:
         self._store, self._metrics, self._deposits = store, metrics, deposits
         self._slots, self._range_slots = slots or Slots(1000), range_slots or Slots(1000)
-        self._ticks, self._backoff, self._known = ticks, backoff, known or SharedTable()
+        self._clock, self._ticks, self._known = clock, ticks, known or SharedTable()
+        self._backoff = BACKOFF if backoff is None else backoff
         self._make_room = make_room
-        self._clock = clock
         self._making_room: set[asyncio.Task[None]] = set()
         self._fills: dict[Digest, Fill] = {}
         self.last: deque[EndedFill] = deque(maxlen=REMEMBERED)  # to end

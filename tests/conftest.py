@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -56,6 +57,8 @@ hypothesis.settings.load_profile("untimed")
 OPEN: dict[str, Any] = {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]}
 
 
+MARKED = ("clients", "browser")  # directories whose conftest.py marks all tests `clients`
+ALL_MARKED = re.compile(rb"^pytestmark = \[?\s*pytest\.mark\.clients\b", re.M)  # in a module of tests
 DESCRIPTORS = "/proc/self/fd"
 MEMORY = Path("/dev/shm")  # Linux: a file system in memory
 ROOM = 8 << 30  # bytes; a run takes some GiB, most of them for the storages of podman and dockerd
@@ -103,9 +106,14 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import nothing of tests/clients where it is left out: all tests there are marked `clients`."""
-    left_out = config.getoption("markexpr") == "not clients"
-    return True if left_out and collection_path == Path(__file__).parent / "clients" else None
+    """Import nothing whose tests are all left out."""
+    if config.getoption("markexpr") != "not clients":
+        return None
+    if collection_path.is_dir():
+        left_out = collection_path.parent == Path(__file__).parent and collection_path.name in MARKED
+    else:
+        left_out = ALL_MARKED.search(collection_path.read_bytes()) is not None
+    return left_out or None
 
 
 def _available() -> int:

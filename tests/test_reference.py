@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 import pytest
-from openapi_spec_validator import OpenAPIV31SpecValidator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -114,8 +113,15 @@ def test_every_metric_is_there_with_its_labels(pages: dict[str, str]) -> None:
         assert row[2].replace("`", "").split() == [*each._labelnames]
 
 
+def faults(document: dict[str, Any]) -> list[Exception]:
+    """What is wrong with a document of OpenAPI."""
+    from openapi_spec_validator import OpenAPIV31SpecValidator  # a third of a second: for two tests
+
+    return [*OpenAPIV31SpecValidator(document).iter_errors()]
+
+
 def test_the_document_of_the_admin_api_is_openapi() -> None:
-    assert [*OpenAPIV31SpecValidator(DOCUMENT).iter_errors()] == []
+    assert faults(DOCUMENT) == []
 
 
 @pytest.mark.parametrize(
@@ -128,8 +134,8 @@ def test_the_document_of_the_admin_api_is_openapi() -> None:
 )
 def test_a_document_that_is_none_is_found(change: dict[str, Any]) -> None:
     small = {"openapi": "3.1.0", "info": {"title": "x", "version": "1"}, "paths": {}}
-    assert [*OpenAPIV31SpecValidator(small).iter_errors()] == []
-    assert [*OpenAPIV31SpecValidator({**small, **change}).iter_errors()]
+    assert faults(small) == []
+    assert faults({**small, **change})
 
 
 def test_every_operation_and_schema_of_the_admin_api_is_there(pages: dict[str, str]) -> None:

@@ -38,10 +38,14 @@ class NotRemembered(StorageUnavailable):
 
 
 class _Former(NamedTuple):
-    """A record as it was at a time, in seconds since the epoch; None if there was none."""
+    """A record as it was at a time, in seconds since the epoch; None if there was none.
+
+    `written` is whether this server has made it so then, as far as that is not yet stored.
+    """
 
     at: float
     value: bytes | None
+    written: bool = False
 
     def encode(self) -> bytes:
         return b"%f" % self.at if self.value is None else b"%f\n%b" % (self.at, self.value)
@@ -78,19 +82,23 @@ class RecordMemory:
         """Whether there is something for write()."""
         return bool(self._waiting)
 
-    def note(self, key: str, value: bytes | None, at: float) -> None:
-        """Remember, with the next write(), that a record was so; a read of it had begun `at` this time."""
+    def note(self, key: str, value: bytes | None, at: float, written: bool = False) -> None:
+        """Remember, with the next write(), that a record was so.
+
+        A read of it had begun `at` this time, or it was `written` before.
+        """
         if not key.startswith(PULLED):
             return
         mark = hash(value)
         with self._lock:
             known, since = self._seen.get(key, (None, -math.inf))
-            if at < since <= self._clock() or (known == mark and 0 <= at - since < LOOKED):
+            same = known == mark and not written  # since then, another process may have changed it
+            if at < since <= self._clock() or (same and 0 <= at - since < LOOKED):
                 return  # a later read or write was quicker, or has noted the same
             if len(self._seen) >= SEEN:
                 self._seen.clear()
             self._seen[key] = mark, at
-            self._waiting[key] = _Former(at, value)
+            self._waiting[key] = _Former(at, value, written)
 
     def write(self) -> None:
         """Store what was noted."""
@@ -110,11 +118,12 @@ class RecordMemory:
         What is stored for a time that is yet to come was stored before the clock was set back.
         """
         former = _Former.parse(records.get(REMEMBERED.key(key)))
-        if former is None:
-            return noted.value is not None
+        if former is None:  # who writes down a slow read, which had begun before a deletion, has to find that
+            return noted.value is not None or noted.written
         if noted.at < former.at <= self._clock():
             return False
-        return noted.value != former.value or not 0 <= noted.at - former.at < RENEWED
+        changed = noted.written or noted.value != former.value
+        return changed or not 0 <= noted.at - former.at < RENEWED
 
     def recall(self, key: str) -> bytes:
         """The record as it was.  Raises NotRemembered."""
@@ -272,7 +281,7 @@ class RememberedRecords:
         result, changes = self._there.transaction(noted, shared)
         at = self.memory.now()
         for key, value in changes.items():
-            self.memory.note(key, value, at)
+            self.memory.note(key, value, at, written=True)
         with suppress(StorageFailed):  # of the disk, which reports it: the next comparison finds the change
             self.memory.write()
         return result

@@ -149,6 +149,42 @@ def test_a_slow_read_does_not_replace_what_is_newer(
     assert recalled(other) == b"new"
 
 
+def test_a_slow_read_does_not_bring_back_what_was_deleted(
+    records: RememberedRecords, here: SQLiteRecords, there: Database, clock: Clock
+) -> None:
+    """1. one process reads a tag, the first to do so  2. another one deletes it  3. the first one writes"""
+    there.put(KEY, b"old")
+    records.noting(records.get, KEY)
+    clock.advance(1)
+    other = another(here, there, clock)
+    assert other.delete(KEY)
+    assert recalled(records) is None
+    records.memory.write()
+    assert (recalled(records), recalled(other)) == (None, None)
+    clock.advance(LOOKED + 1)
+    other.confirm()
+    assert list(here.keys(REMEMBERED.prefix())) == []
+
+
+def test_what_is_written_is_noted_though_it_was_so_before(
+    records: RememberedRecords, here: SQLiteRecords, there: Database, clock: Clock
+) -> None:
+    """1. a process finds no tag  2. another one makes it  3. the first one deletes it, and makes it again"""
+    other = another(here, there, clock)
+    for value in (None, b"one"):
+        assert read(records) == value
+        clock.advance(1)
+        if value is None:
+            other.put(KEY, b"one")
+            records.delete(KEY)
+        else:
+            other.delete(KEY)
+            records.put(KEY, value)
+        assert recalled(other) == value
+        clock.advance(1)
+        records.put(KEY, b"one")
+
+
 @pytest.mark.parametrize("value", [b"new", None])
 def test_a_slow_read_of_the_same_process(
     records: RememberedRecords, there: Database, clock: Clock, value: bytes | None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.clients.containers import Podman
-from tests.clients.processes import environment, require, run
+from tests.clients.processes import GO, environment, require, run
 from tests.once import built_once
 from tests.test_docs import ROOT
 
@@ -57,7 +57,7 @@ def build(command: str, place: Path, umask: int, *options: str | Path) -> None:
     done = subprocess.run(
         words,
         cwd=place.parent,
-        env={**os.environ, **given},
+        env={**os.environ, **GO, **given},
         capture_output=True,
         text=True,
         umask=umask,

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.clients.processes import Process, require, run
+from tests.clients.processes import GO, Process, require, run
 
 # Of RFC 5737: those of the machine, and of what it reaches.
 ADDRESS, INTERNET, ELSEWHERE = "192.0.2.2", "192.0.2.1", "192.0.2.3"
@@ -145,7 +145,7 @@ class Machine:
         """A command line that runs these words in it."""
         home = "/root" if user == "root" else f"/home/{user}"
         spaces = ("mount", "net", "pid", "uts", "ipc", "cgroup", "root")
-        variables = {**VARIABLES, "HOME": home, "USER": user}
+        variables = {**VARIABLES, **GO, "HOME": home, "USER": user}
         return [
             *("nsenter", f"--target={self._init}", *(f"--{each}" for each in spaces), "--"),
             *("env", "--ignore-environment", f"--chdir={directory}"),

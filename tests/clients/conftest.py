@@ -21,6 +21,7 @@ from tests.clients.walk import Walk
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+LARGE = 6 << 20  # bytes of a file: each client unpacks it again at each pull
 Walks = Callable[..., Walk]
 
 
@@ -53,7 +54,10 @@ class Filled:
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """Content pushed once to registries that every test starts anew, and only reads."""
     require("docker-registry", root=False)
-    large = Path(shutil.which("docker-registry") or "")  # megabytes, and certain to be here
+    directory = tmp_path_factory.mktemp("upstream")
+    program = Path(shutil.which("docker-registry") or "")  # certain to be here
+    large = directory / "large"
+    large.write_bytes(program.read_bytes()[:LARGE])
     made = Images(
         layers=images.image("layers", large),
         schema2=images.image("schema2", types=images.DOCKER),
@@ -61,7 +65,6 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
         artifact=images.artifact(),
         app=images.image("app"),
     )
-    directory = tmp_path_factory.mktemp("upstream")
     contents = {
         "docker.io": {
             "library/layers": made.layers,

@@ -18,7 +18,7 @@ from tests.test_distributions import needed
 from tests.test_docs import ROOT
 
 __all__ = ["site"]  # a fixture
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
 
 
 def build(target: Path, libraries: Path, umask: int, *options: str | Path) -> Path:
@@ -30,7 +30,7 @@ def build(target: Path, libraries: Path, umask: int, *options: str | Path) -> Pa
     }
     words = [sys.executable, ROOT / "deploy/debian/build.py", target, "--libraries", libraries, *options]
     done = subprocess.run(
-        list(map(str, words)), env=environment, umask=umask, capture_output=True, text=True, timeout=120
+        list(map(str, words)), env=environment, umask=umask, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout + done.stderr
     [package] = target.glob("*.deb")

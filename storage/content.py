@@ -30,6 +30,7 @@ class BlobContent(Protocol):
 
     root: Path  # the directory of partial files and locks
     disk: DiskHealth  # its state
+    remote: bool  # whether another server has the blobs
 
     # Blobs
 
@@ -84,6 +85,9 @@ class BlobContent(Protocol):
         """A lock between all processes, one for each `name`; yields whether it had to wait."""
 
     # Upkeep
+
+    def end(self) -> None:
+        """End what waits for another server, for good.  Thread-safe."""
 
     def check(self) -> None:
         """See whether it can be written to."""

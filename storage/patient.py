@@ -176,11 +176,13 @@ class RememberingStore(PatientStore):
 
 @contextmanager
 def waits_ended(stores: Iterable[Store], seconds: float) -> Iterator[None]:
-    """Inside, nobody waits for a database longer than `seconds`: the records in one are closed then.
+    """Inside, nobody waits longer than `seconds` for a database or a bucket, after which they are not used.
 
     By threads of their own: those that all of the process use may be waiting.
     """
-    timers = [threading.Timer(seconds, each.records.close) for each in stores if each.records.remote]
+    ends = [each.records.close for each in stores if each.records.remote]
+    ends += [each.files.end for each in stores if each.files.remote]
+    timers = [threading.Timer(seconds, end) for end in ends]
     for each in timers:
         each.start()
     try:

@@ -286,6 +286,34 @@ async def test_a_bucket_that_does_not_answer_is_an_outage(
             await place.blobs.open(DIGEST).begin(span)
 
 
+async def test_what_waits_for_a_silent_bucket_ends_with_it(place: Place) -> None:
+    asked, gate = asyncio.Semaphore(0), asyncio.Event()
+
+    async def hold(request: web.Request) -> web.StreamResponse:
+        asked.release()
+        await gate.wait()
+        return web.Response()
+
+    await place.put()
+    (key,), bucket = place.fake.objects, place.blobs.bucket
+    place.fake.down = hold
+    source = place.blobs.path_of("source")
+    source.write_bytes(CONTENT)
+    blocking = (bucket.read, bucket.delete, lambda key: bucket.create(key, b""), lambda key: bucket.probe())
+    waiting = [asyncio.create_task(each) for each in (bucket.size(key), bucket.get(key))]
+    waiting += [asyncio.create_task(bucket.put("other", source, len(CONTENT)))]
+    waiting += [asyncio.create_task(asyncio.to_thread(each, key)) for each in blocking]
+    for _ in waiting:
+        await asked.acquire()
+    place.blobs.end()
+    for each in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(each, Unavailable | asyncio.CancelledError), each
+    with pytest.raises(Unavailable, match="the server stops"):
+        await bucket.size(key)
+    gate.set()
+    source.unlink()
+
+
 @pytest.mark.errors("bucket.failed")
 async def test_nothing_listens(place: Place) -> None:
     await place.put()

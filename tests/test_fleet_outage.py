@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 
 from storage.disk.records import SQLiteRecords
-from storage.keys import OBJECT, REMEMBERED
+from storage.keys import LEFTOVER, OBJECT, REMEMBERED
 from storage.oci import Digest
 from tests.conftest import OPEN
 from tests.postgres import PostgresServer
@@ -153,6 +154,31 @@ async def test_a_server_stops_though_its_database_is_silent(
     with postgres_server.silent():
         await pull(fleet, 0, manifest, blobs)  # after which it looks whether the database answers
         await fleet.servers[0].stop()  # none of its processes is killed, which would be an error
+
+
+async def test_a_server_stops_though_its_bucket_is_silent(fleet: Fleet, bucket: Seaweed) -> None:
+    await push(fleet)
+    known = await leftovers(fleet)
+    bucket.process.send_signal(signal.SIGSTOP)
+    try:
+        contents = (b"new", b"another", LAYER)  # of which the last is there: that is looked at
+        pushes = [asyncio.create_task(fleet.blob(0, each)) for each in contents]
+        while await leftovers(fleet) < known + 2:  # noqa: ASYNC110  no event tells that two are being put
+            await asyncio.sleep(0)
+        await fleet.servers[0].stop()
+        for each in await asyncio.gather(*pushes, return_exceptions=True):
+            assert isinstance(each, aiohttp.ClientError | AssertionError)
+    finally:
+        bucket.process.send_signal(signal.SIGCONT)
+
+
+async def leftovers(fleet: Fleet) -> int:
+    """How many objects are being put, or were."""
+    async with await psycopg.AsyncConnection.connect(fleet.url) as connection:
+        select = "SELECT count(*) FROM entrepot_records WHERE key >= %s AND key < %s"
+        prefix = LEFTOVER.prefix().encode()
+        row = await (await connection.execute(select, (prefix, prefix + b"\xff"))).fetchone()
+        return int(row[0]) if row else 0
 
 
 async def answering(fleet: Fleet, manifest: bytes) -> None:

@@ -70,6 +70,8 @@ class BucketBlobs(UploadFiles):
     keep: moves the file of an upload elsewhere once it is a blob; returns whether it did
     """
 
+    remote = True
+
     def __init__(
         self,
         bucket: Bucket,
@@ -85,6 +87,9 @@ class BucketBlobs(UploadFiles):
         self._bucket = bucket
         self._records = records
         self._owner = BucketOwner(bucket, records)
+
+    def end(self) -> None:
+        self._bucket.end()
 
     def path(self, digest: Digest) -> None:
         return None

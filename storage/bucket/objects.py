@@ -23,6 +23,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from storage.bucket.failures import BucketFailed, explain, is_of_bucket
 from storage.bucket.memory import return_large_pieces
+from storage.bucket.pending import Pending
 from storage.bucket.settings import ObjectStore
 from storage.bucket.signed_requests import BucketRefused, SignedRequests
 from storage.concurrency import run_in_thread, uninterrupted
@@ -178,6 +179,13 @@ class Bucket:
         self._attributes = {"Storage-Class": storage_class} if storage_class else None
         self._uploads = asyncio.Semaphore(UPLOADS)
         self._threads = ThreadPoolExecutor(UPLOADS, "put")
+        self._pending = Pending()
+
+    def end(self) -> None:
+        """End what is awaited of the bucket, for good; a put leaves what it has sent.  Thread-safe."""
+        self._pending.end()
+        if self._requests is not None:
+            self._requests.end()
 
     @contextmanager
     def _asking(self, action: str, key: str, text: bool = True) -> Iterator[None]:
@@ -211,7 +219,8 @@ class Bucket:
         async with self._uploads:
             with self._asking("put", key):
                 if not await self._put_signed(key, source, size, digest):
-                    await uninterrupted(obstore.put_async(self._store, key, source, **options))
+                    put = partial(obstore.put_async, self._store, key, source, **options)
+                    await uninterrupted(self._pending.answer(put))
 
     async def _put_signed(self, key: str, source: Path, size: int, digest: Digest | None) -> bool:
         """Put an object by our own request, where that is better.  Raises TimeoutError, DigestInvalid."""
@@ -254,7 +263,9 @@ class Bucket:
         with self._asking(action, key):
             async with asyncio.timeout(self._patience or PATIENCE):
                 asked: Any = None if stop is None else {"range": (start, stop)}
-                found = await obstore.get_async(self._store, key, options=asked)
+                found = await self._pending.answer(
+                    partial(obstore.get_async, self._store, key, options=asked)
+                )
         meta = found.meta
 
         def stream(size: int) -> AsyncIterator[bytes]:
@@ -290,7 +301,8 @@ class Bucket:
         try:
             with self._asking("look at", key, text=False):
                 async with asyncio.timeout(self._patience or PATIENCE):
-                    return int((await obstore.head_async(self._store, key))["size"])
+                    found = await self._pending.answer(partial(obstore.head_async, self._store, key))
+                    return int(found["size"])
         except ObjectUnknown:
             pass
         try:
@@ -316,7 +328,10 @@ class Bucket:
     def chunks(self, key: str) -> Iterator[bytes]:
         """All bytes of an object.  Raises ObjectUnknown."""
         with self._asking("get", key):
-            yield from obstore.get(self._store, key).stream(min_chunk_size=CHUNK)
+            found = self._pending.result(lambda: obstore.get(self._store, key))
+            chunks = iter(found.stream(min_chunk_size=CHUNK))
+            while (chunk := self._pending.result(lambda: next(chunks, None))) is not None:
+                yield chunk
 
     def read(self, key: str) -> bytes:
         """A small object.  Raises ObjectUnknown."""
@@ -326,17 +341,17 @@ class Bucket:
         """Make a small object, unless there is one, as far as the service can tell."""
         with self._asking("put", key), suppress(AlreadyExistsError):
             try:
-                obstore.put(self._store, key, content, mode="create")
+                self._pending.result(partial(obstore.put, self._store, key, content, mode="create"))
             except BaseError as error:
                 if "NotImplemented" not in str(error):
                     raise
-                obstore.put(self._store, key, content)
+                self._pending.result(partial(obstore.put, self._store, key, content))
 
     def delete(self, key: str) -> None:
         """Delete an object, if there is one."""
         try:
             with self._asking("delete", key):
-                obstore.delete(self._store, key)
+                self._pending.result(partial(obstore.delete, self._store, key))
         except ObjectUnknown:  # Azure says so, S3 does not
             pass
 
@@ -344,7 +359,7 @@ class Bucket:
         """Ask for something, to see whether it works."""
         try:
             with self._asking("get", "probe"):
-                obstore.get(self._store, "probe")
+                self._pending.result(partial(obstore.get, self._store, "probe"))
         except ObjectUnknown:
             pass
 

@@ -12,10 +12,11 @@ import base64
 import hashlib
 import hmac
 import os
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 from functools import reduce
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -60,6 +61,7 @@ class SignedRequests:
         self._secret = secret
         self._ticks = ticks
         self._until = -float("inf")
+        self._open: set[HTTPConnection] = set()
         # What only the environment says of encryption is for obstore to read.
         named = any(name.startswith(("AWS_SERVER_SIDE", "AWS_SSE")) for name in os.environ)
         self._better = settings.endpoint.startswith("http://") and not named
@@ -68,6 +70,12 @@ class SignedRequests:
     def puts(self) -> bool:
         """Whether to put objects so is better: over http, and unless that has just failed."""
         return self._better and self._ticks() >= self._until
+
+    def end(self) -> None:
+        """Cut the connections on which something is awaited.  Thread-safe."""
+        for each in list(self._open):
+            with suppress(OSError, AttributeError):  # it is closed, or not yet there
+                each.sock.shutdown(socket.SHUT_RDWR)
 
     def put(self, key: str, source: Path, size: int, hashed: str) -> None:
         """Make an object of a file with this SHA-256 by one request.  Raises BucketRefused, OSError."""
@@ -145,7 +153,11 @@ class SignedRequests:
         target = f"{url.path}?{urlencode(query, quote_via=quote)}" if query else url.path
         sent["content-length"] = str(size)
         with closing(self._connect(url)) as connection:
-            answer, body = _exchange(connection, method, target, sent, file)
+            self._open.add(connection)
+            try:
+                answer, body = _exchange(connection, method, target, sent, file)
+            finally:
+                self._open.discard(connection)
         if method == "PUT" and answer.status == 200 and not answer.headers["etag"]:
             raise BucketRefused("ETag Header missing from response")  # it is no object storage
         if answer.status not in (200, 204) and (method, answer.status) != ("DELETE", 404):

@@ -62,6 +62,9 @@ class BlobFiles(UploadFiles):
     def _directories(self) -> tuple[Path, ...]:
         return *super()._directories(), self.root / "blobs"
 
+    def end(self) -> None:
+        pass
+
     def path(self, digest: Digest) -> Path:
         encoded = digest.encoded
         return Path(f"{self._blobs}/{digest.algorithm}/{encoded[:2]}/{encoded}")  # quicker than by /

@@ -48,6 +48,8 @@ class UploadFiles(ABC):
     `clock` returns seconds since the epoch, `ticks` seconds of a clock that nobody sets.
     """
 
+    remote = False
+
     def __init__(
         self,
         root: Path,

@@ -259,7 +259,8 @@ async def test_the_web_page_says_whose_rows_it_shows(
         await pulled(owner)
         await third.stop()
         page = str(other.app.admin_url).rstrip("/") + "/ui/"
-        for screen in ("repositories", "", "storage", "transfers", "policy", "audit"):
+        tags = f"repository?name={NAME}"
+        for screen in ("repositories", "", "storage", "transfers", "policy", "audit", tags):
             async with other.session.get(page + screen) as response:
                 assert response.status == 200, await response.text()
                 text = await response.text()
@@ -267,6 +268,8 @@ async def test_the_web_page_says_whose_rows_it_shows(
                 assert f"{third.url} cannot be reached" in text, screen
             if screen == "repositories":
                 assert f'{NAME}</a> <small class="soft">{owner.url.removeprefix("http://")}</small>' in text
+            if screen == tags:
+                assert f' <small class="soft">{other.url.removeprefix("http://")}</small></p>' in text
 
 
 # What operators do

@@ -48,8 +48,7 @@ class RepositoriesScreen:
             name,
             view=view,
             name=name,
-            rows=found.images,
-            matched=found.matched,
+            found=found,
             repository=next(iter(listed.repositories), None),
         )
 

@@ -51,6 +51,7 @@ async def shown(site: Site) -> Samples:
 def everything() -> Metrics:
     """Each metric with a sample."""
     metrics = Metrics()
+    metrics.exposition()  # each is made when it is used
     for each in vars(metrics).values():
         if isinstance(each, Counter | Gauge | Histogram | Summary):
             child = each.labels(*["x"] * len(each._labelnames)) if each._labelnames else each

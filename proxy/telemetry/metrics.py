@@ -49,7 +49,7 @@ def share_metrics(directory: Path) -> None:
 
 
 class _Row(Generic[M]):
-    """A metric: its type, name, help text, labels separated by spaces, and other arguments of the type."""
+    """A metric, made when it is first used: type, name, help text, labels with spaces between, options."""
 
     def __init__(self, kind: type[M], name: str, help: str, labels: str = "", **options: Any) -> None:
         self.make: Callable[[], M] = partial(kind, name, help, labels.split(), registry=None, **options)
@@ -57,9 +57,11 @@ class _Row(Generic[M]):
     def __set_name__(self, owner: type, attribute: str) -> None:
         self._attribute = attribute
 
-    def __get__(self, metrics: Metrics, owner: type) -> M:
-        # Only for the type: each Metrics has an attribute of this name, which Python finds first.
-        raise AttributeError(self._attribute)
+    def __get__(self, metrics: Metrics | None, owner: type) -> M:
+        if metrics is None:
+            raise AttributeError(self._attribute)
+        # Python finds the attribute first from now on.  Two threads may come here at once.
+        return vars(metrics).setdefault(self._attribute, self.make())  # type: ignore[no-any-return]
 
 
 def _gauge(name: str, help: str, mode: str, labels: str = "") -> _Row[Gauge]:
@@ -337,12 +339,10 @@ class Metrics(Collector):
     def __init__(self, exemplars: SharedTable | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the size of the exposition
         self._registry = CollectorRegistry()
-        rows = {name: row for name, row in vars(Metrics).items() if isinstance(row, _Row)}
-        self._made: dict[str, Collector] = {name: row.make() for name, row in rows.items()}
-        vars(self).update(self._made)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             self._registry.register(self)  # for all: each of them would take half as long as to make it
         else:  # where collect() would only cover this process
+            self._all()
             MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
             # Each type has a file, which its first value opens; the others have values without labels.
             # Later, while a crowd of clients is connected, there may be no descriptor.
@@ -364,13 +364,8 @@ class Metrics(Collector):
 
     def scrubbed(self, name: str) -> Counter:
         """The counter of what a scrub counts by this name."""
-        return {
-            "checked": self.scrub_checked,
-            "bytes": self.scrub_bytes,
-            "damaged": self.scrub_damaged,
-            "healed": self.scrub_healed,
-            "foreign": self.scrub_foreign,
-        }[name]
+        made: Counter = getattr(self, f"scrub_{name}")
+        return made
 
     def label(self, namespace: str) -> str:
         """The namespace as a label; `*` beyond the first ones, since clients may have made them up."""
@@ -389,7 +384,10 @@ class Metrics(Collector):
         return found
 
     def collect(self) -> Iterator[Metric]:
-        return chain.from_iterable(each.collect() for each in self._made.values())
+        return chain.from_iterable(each.collect() for each in self._all())
+
+    def _all(self) -> list[Collector]:
+        return [getattr(self, name) for name, row in vars(Metrics).items() if isinstance(row, _Row)]
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics and their media type: OpenMetrics if `accept` names it, else the text format 0.0.4."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -46,6 +47,7 @@ class Repository:
         self.tags: dict[str, str] = {}
 
 
+@lru_cache(64)  # layers of some MiB are put into many images, twice into each
 def digest_of(content: bytes, algorithm: str = "sha256") -> str:
     return f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
 

@@ -357,6 +357,30 @@ async def test_who_reads_on_until_the_end_waits_for_nothing(ask: Ask, server: Se
     await blob.close()
 
 
+async def test_a_former_response_is_read_meanwhile(ask: Ask, server: Server) -> None:
+    small = OTHER[:10_000]  # it comes with its head
+    read = asyncio.Event()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        await response(BODY[:300_000], len(BODY))(writer)
+        await read.wait()
+        writer.write(BODY[300_000:])
+        await writer.drain()
+
+    server.answers += [response(small), answer]
+    origin = ask(server.url, TRUSTING)
+    former = await origin.get_blob("a/b", Digest(digest_of(small)))
+    blob = await origin.get_blob("a/b", Digest(digest_of(BODY)))
+    assert server.connections == 1  # the former response has come, and waits to be read
+    incoming = blob.incoming()
+    assert incoming is not None
+    assert b"".join([chunk async for chunk in former.chunks()]) == small
+    read.set()
+    assert await collect(incoming) == BODY
+    await blob.close()
+    await former.close()
+
+
 async def test_what_comes_in_another_way_comes_in_chunks(ask: Ask, upstream: Upstream) -> None:
     digest = upstream.blob("a/b", BODY)
     upstream.content_length = False

@@ -59,6 +59,8 @@ class SocketBodies:
         tls = connection.transport.get_extra_info("ssl_object")
         if self._nested or not isinstance(tls, ClientSSLObject | None):
             return None
+        if not hasattr(connection.protocol, "_pause_reading_for_buffer"):  # which only this aiohttp has
+            return None
         try:
             duplicate = connection.transport.get_extra_info("socket").dup()
         except OSError:  # no descriptors are left
@@ -104,6 +106,8 @@ class SocketBody:
         self._pause = GATHER
         self._lock = threading.Lock()
         self._protocol.pause_reading()
+        # A former response of this connection may still be read from its buffer, which resumes reading.
+        self._protocol._pause_reading_for_buffer()
         if tls is not None:  # pause_reading() lets the records come
             self._transport.set_read_buffer_limits(high=0, low=0)
 
@@ -207,6 +211,7 @@ class SocketBody:
         else:
             if self._tls is not None:
                 self._transport.set_read_buffer_limits()
+            self._protocol._resume_reading_for_buffer()
             self._protocol.resume_reading()
             self._response.content.feed_eof()  # aiohttp releases it then
         self._socket.close()

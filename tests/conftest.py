@@ -37,6 +37,7 @@ from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.requests import UpstreamSettings
 from storage import patient
 from tests.authority import Authority
+from tests.order import spread
 from tests.pools import is_kept_open
 from tests.postgres import PostgresServer
 from tests.running import keep_failures, keep_memory
@@ -123,9 +124,15 @@ def _available() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = spread(items, getattr(config, "workerinput", {}).get("workercount", 1))
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """For --numprocesses=auto: as many as cores, and one more, since tests wait."""
-    return (os.cpu_count() or 1) + 1
+    """For --numprocesses=auto: as many as cores, and one more, since tests wait; real clients wait longer."""
+    more = 1 if config.getoption("markexpr") == "not clients" else 2
+    return (os.cpu_count() or 1) + more
 
 
 Serve = Callable[..., Awaitable["Site"]]

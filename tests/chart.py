@@ -7,6 +7,7 @@ That is the part of its schema for `config`, the table of its values in the manu
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from tests import config_schema
+from tests.clients.processes import GO
 
 ROOT = Path(__file__).parent.parent
 CHART = ROOT / "deploy" / "helm" / "entrepot"
@@ -45,7 +47,9 @@ def tool(name: str) -> str | None:
 def run_tool(name: str, *words: str | Path, ok: bool = True, given: str | None = None) -> str:
     """What a program prints, or what it says against it if it is not `ok`."""
     command = [tool(name) or name, *map(str, words)]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, input=given, env={**os.environ, **GO}, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout if ok else done.stderr
 

@@ -52,12 +52,14 @@ if TYPE_CHECKING:
 
 # A deadline would be a timed test.
 hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=50)  # in place of 100
 hypothesis.settings.load_profile("untimed")
 
 # Everybody may do all: for tests of what is done.
 OPEN: dict[str, Any] = {"rules": [{"who": ["anonymous"], "may": ["pull", "push", "delete"]}]}
 
 
+QUICK = "not clients"  # the marks of a run that leaves out what takes long
 MARKED = ("clients", "browser")  # directories whose conftest.py marks all tests `clients`
 ALL_MARKED = re.compile(rb"^pytestmark = \[?\s*pytest\.mark\.clients\b", re.M)  # in a module of tests
 DESCRIPTORS = "/proc/self/fd"
@@ -74,6 +76,8 @@ def pytest_configure(config: pytest.Config) -> None:
         tempfile.tempdir = None  # it may be known already
     keep_failures(config)
     keep_memory(config)
+    if config.getoption("markexpr") == QUICK:
+        hypothesis.settings.load_profile("quick")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -109,7 +113,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import nothing whose tests are all left out."""
-    if config.getoption("markexpr") != "not clients":
+    if config.getoption("markexpr") != QUICK:
         return None
     if collection_path.is_dir():
         left_out = collection_path.parent == Path(__file__).parent and collection_path.name in MARKED
@@ -131,7 +135,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """For --numprocesses=auto: as many as cores, and one more, since tests wait; real clients wait longer."""
-    more = 1 if config.getoption("markexpr") == "not clients" else 2
+    more = 1 if config.getoption("markexpr") == QUICK else 2
     return (os.cpu_count() or 1) + more
 
 

@@ -141,6 +141,7 @@ TOLD = ("disk.failed", "disk.recovered", "records.damaged", "fill.failed", "stor
 # Full
 
 
+@pytest.mark.clients  # hundreds of MiB
 @pytest.mark.errors("disk.failed")
 async def test_what_does_not_fit_is_not_begun(
     disk: Path, serve: Serve, upstream: Upstream, events: LogCapture
@@ -168,6 +169,7 @@ async def test_what_does_not_fit_is_not_begun(
     assert said(events, *TOLD) == [("disk.failed", FULL)]
 
 
+@pytest.mark.clients  # hundreds of MiB
 @pytest.mark.errors("disk.failed")
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_disk_full_in_mid_fill(

@@ -20,6 +20,8 @@ from tests.test_docs import PAGES
 
 __all__ = ["site"]  # a fixture
 
+pytestmark = pytest.mark.clients  # it takes seconds to build
+
 LOADED = {
     "img": "src",
     "script": "src",

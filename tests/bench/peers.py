@@ -111,6 +111,7 @@ class Entrepot(Peer):
     name = "entrepot"
     workers: str | int = "auto"
     namespace: Mapping[str, object] = MappingProxyType({})
+    disk: Mapping[str, object] = MappingProxyType({})
 
     def more(self) -> dict[str, object]:
         """Further keys of the configuration."""
@@ -122,7 +123,7 @@ class Entrepot(Peer):
             "listen": f"127.0.0.1:{self.port}",
             "admin": "off",
             "workers": self.workers,
-            "disk": {"path": str(directory / "disk")},
+            "disk": {"path": str(directory / "disk"), **self.disk},
             "default_namespace": "docker.io",
             "namespaces": {
                 "docker.io": {"upstream": {"url": upstream}, "fresh_for": "10m", **self.namespace}

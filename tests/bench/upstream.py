@@ -149,7 +149,9 @@ class Upstream:
 
     def add_file(self, path: Path) -> Content:
         """A copy of a file."""
-        content = path.read_bytes()
+        return self.add(path.read_bytes())
+
+    def add(self, content: bytes) -> Content:
         name = f"sha256:{hashlib.sha256(content).hexdigest()}"
         file = self._tree / "blobs" / name
         file.write_bytes(content)

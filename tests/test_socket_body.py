@@ -401,6 +401,17 @@ async def test_tls_within_tls_is_left_to_aiohttp(server: Server) -> None:
                     body.close()
 
 
+async def test_a_connection_that_cannot_be_kept_from_aiohttp_is_left_to_it(
+    ask: Ask, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("aiohttp.base_protocol.BaseProtocol._pause_reading_for_buffer")
+    server.answers.append(response(BODY))
+    blob = await opened(ask, server)
+    assert blob.incoming() is None
+    assert b"".join([chunk async for chunk in blob.chunks()]) == BODY
+    await blob.close()
+
+
 async def test_through_a_proxy(ask: Ask, server: Server) -> None:
     server.answers.append(response(BODY))
     async with Relay(int(server.url.rpartition(":")[2])) as proxy:

@@ -105,9 +105,8 @@ async def stop(*sites: Site) -> None:
         ("there", False, False, 200),
         ("there", True, False, 200),
         ("there", True, True, 200),
-        pytest.param(
-            "lost", False, False, 404, marks=DAMAGED
-        ),  # the database has confirmed it: push it again
+        # The database has confirmed that it should be there: who has it can push it again.
+        pytest.param("lost", False, False, 404, marks=DAMAGED),
         ("lost", False, True, 200),
         ("lost", True, False, 503),
         ("lost", True, True, 200),

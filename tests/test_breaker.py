@@ -59,6 +59,23 @@ def test_a_time_out_opens_it_at_once(host: Host) -> None:
     assert host.changes == [SLOW]
 
 
+def test_a_time_out_is_one_failure_of_several_if_the_host_has_answered_meanwhile(
+    host: Host, clock: Clock
+) -> None:
+    for _ in range(FAILURES + 1):
+        with host.breaker.call() as slow:
+            clock.advance(1)
+            host.succeed()
+            clock.advance(1)
+            slow.failed(SLOW, final=True)
+        assert host.breaker.closed, "one object is slow, not the host"
+        host.succeed()
+    host.succeed()
+    clock.advance(1)
+    host.fail(SLOW, final=True)
+    assert host.open_for == 1, "it was silent since"
+
+
 def test_failures_in_a_row_open_it(host: Host) -> None:
     for _ in range(FAILURES - 1):
         host.fail()
@@ -122,15 +139,6 @@ def test_an_answered_probe_closes_it_and_forgets_the_past(host: Host, clock: Clo
     assert host.open_for == 1
 
 
-def test_transfers_that_break_off_open_it_as_other_failures_do(host: Host) -> None:
-    for _ in range(FAILURES):
-        assert host.breaker.closed
-        host.breaker.cut(CUT)
-    assert host.open_for == 1
-    host.breaker.cut(CUT)
-    assert host.open_for == 1, "no news"
-
-
 def test_a_probe_that_is_cancelled_leaves_room_for_the_next(host: Host, clock: Clock) -> None:
     host.fail(final=True)
     clock.advance(1)
@@ -170,9 +178,9 @@ def test_processes_share_a_circuit(clock: Clock) -> None:
     shared = SharedState()
     told: list[RegistryError | None] = []
     one, two, other = [Breaker(clock, told.append, shared, name) for name in ("a", "a", "b")]
-    for _ in range(FAILURES - 1):
-        one.cut(CUT)
-    two.cut(CUT)
+    for breaker in (*[one] * (FAILURES - 1), two):
+        with breaker.call() as call:
+            call.failed(CUT)
     assert (one.closed, two.closed, other.closed) == (False, False, True)
     assert two.state("", "").error == one.state("", "").error == "cut"
     clock.advance(1)
@@ -183,6 +191,18 @@ def test_processes_share_a_circuit(clock: Clock) -> None:
         probe.succeeded()
     assert two.closed
     assert told == [CUT, None]
+
+
+def test_processes_share_that_the_host_has_answered(clock: Clock) -> None:
+    shared = SharedState()
+    one, two = (Breaker(clock, shared=shared, name="a") for _ in range(2))
+    with one.call() as slow:
+        clock.advance(1)
+        with two.call() as call:
+            call.succeeded()
+        clock.advance(1)
+        slow.failed(SLOW, final=True)
+    assert two.closed
 
 
 async def test_a_probe_of_a_process_that_is_killed_is_none(clock: Clock) -> None:

@@ -8,7 +8,7 @@ import pytest
 from yarl import URL
 
 from proxy.cache import tags
-from proxy.upstream.breaker import FAILURES
+from proxy.upstream.breaker import FAILURES, NOTED
 from proxy.upstream.transport import RETRIES
 from tests.conftest import Clock, Serve
 from tests.events import Ear
@@ -26,11 +26,12 @@ from tests.outages import (
     silence,
     warm,
 )
+from tests.test_fills import heard
 from tests.upstream import (
     Bearer,
+    Reset,
     RetryAfter,
     Status,
-    Truncate,
     Upstream,
 )
 
@@ -113,6 +114,39 @@ async def test_who_can_be_served_does_not_wait_for_one_that_has_failed(
     assert len(upstream.log) == 2
 
 
+async def test_transfers_that_break_off_together_do_not_open_it(serve: Serve, upstream: Upstream) -> None:
+    image = upstream.image("a/b", "latest", [bytes([each]) * 100_000 for each in range(FAILURES + 1)])
+    site = await serve(upstream)
+    holds, resumed = [silence(1000) for _ in image.layers], silence()
+    for layer, held in zip(image.layers, holds, strict=True):
+        upstream.next("GET", layer, held, Reset(1000))
+        upstream.next("GET", layer, resumed)
+    interrupted = heard("fill.interrupted", FAILURES + 1)
+    pulls = [asyncio.create_task(pull(site, blob_of(each))) for each in image.layers]
+    for held in holds:
+        await held.reached.wait()
+    for held in holds:
+        held.gate.set()
+    await interrupted.wait()
+    assert (await pull(site, blob_of(image.config)))[0] == 200
+    resumed.gate.set()
+    assert [status for status, *_ in await asyncio.gather(*pulls)] == [200] * len(pulls)
+
+
+async def test_an_object_that_hangs_does_not_refuse_others(
+    serve: Serve, upstream: Upstream, clock: Clock
+) -> None:
+    site, image = await warm(serve, upstream, options=QUICK)
+    held = silence()
+    upstream.next("GET", image.layers[0], held)
+    slow = asyncio.create_task(pull(site, blob_of(image.layers[0])))
+    await held.reached.wait()
+    clock.advance(NOTED)
+    assert (await pull(site, OTHER))[0] == 200
+    assert (await slow)[0] == 504
+    assert (await pull(site, blob_of(image.config)))[0] == 200
+
+
 async def test_a_refused_connection_opens_it_at_once(serve: Serve, upstream: Upstream, clock: Clock) -> None:
     site, image = await warm(serve, upstream)
     await upstream.stop()
@@ -138,23 +172,6 @@ async def test_answers_of_a_gateway_open_it_when_they_are_several_and_those_abou
     for number in range(FAILURES + 2):
         assert (await pull(site, f"/v2/a/b/manifests/{number}"))[0] == 502
     assert len(upstream.log) == asked
-
-
-@pytest.mark.errors("fill.failed")
-async def test_transfers_that_are_cut_open_it_when_they_are_several(serve: Serve, upstream: Upstream) -> None:
-    image = upstream.image("a/b", None, [bytes([each]) * 100 for each in range(FAILURES)])
-    site = await serve(upstream)
-    ear = Ear()
-    holds = [silence(50) for _ in image.layers]
-    for layer, held in zip(image.layers, holds, strict=True):
-        upstream.next("GET", layer, held, Truncate(50))
-    pulls = [asyncio.create_task(pull(site, blob_of(layer))) for layer in image.layers]
-    for held in holds:
-        await held.reached.wait()
-    for held in holds:
-        held.gate.set()
-    await ear.heard("upstream.opened")
-    await asyncio.gather(*pulls, return_exceptions=True)
 
 
 async def test_a_token_server_that_hangs_is_bounded_and_then_refused_at_once(

@@ -20,6 +20,7 @@ LONGEST = 200  # characters of an error's message that all processes can read
 PATIENCE = 1.0  # seconds to wait for another request, which probes the host
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
 HEARSAY = 60.0  # seconds after which an opening elsewhere is no news any more
+NOTED = 1.0  # seconds after an answer in which another one is not recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class _Circuit(msgspec.Struct, array_like=True):
     error: the message of what opened it, OriginTimeout or OriginFailed; None: it is closed
     since, seconds: when it opened last, and for how long
     heard: another server has said so
+    answered: when the host answered last, or up to NOTED seconds before
     """
 
     failures: int = 0
@@ -64,6 +66,7 @@ class _Circuit(msgspec.Struct, array_like=True):
     seconds: float = 0.0
     openings: int = 0
     heard: bool = False
+    answered: float = -math.inf
 
 
 class Breaker:
@@ -88,7 +91,6 @@ class Breaker:
         self._probes = shared.slots
         self._probe = self._probes.key("probe", name)
         self._bell = shared.bell
-        self._answered_at = -math.inf  # this process
 
     def _circuit(self) -> _Circuit:
         return self._table.get(self._key, _Circuit) or _Circuit()
@@ -146,7 +148,7 @@ class Breaker:
                 message = f"{circuit.error}; the next attempt is not due yet"
                 raise kind(message, retry_after=seconds or FIRST)
         try:
-            yield Attempt(self, circuit.openings)
+            yield Attempt(self, circuit.openings, self._clock())
         finally:
             if probe:
                 self._probes.release(self._probe)
@@ -154,16 +156,17 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Record a response, whenever its request was sent: the host is alive."""
-        self._answered_at = self._clock()
+        now = self._clock()
         with self._table.lock:
             circuit = self._circuit()
             was_open = circuit.error is not None
-            if was_open or circuit.failures:
-                self._table.put(self._key, _Circuit(openings=circuit.openings))
+            if was_open or circuit.failures or now - circuit.answered >= NOTED:
+                self._table.put(self._key, _Circuit(openings=circuit.openings, answered=now))
         if was_open:
             self._changed(None)
 
-    def failed(self, error: RegistryError, opening: int, *, final: bool) -> None:
+    def failed(self, error: RegistryError, opening: int, *, final: bool, sent: float = math.inf) -> None:
+        """Record a failure; a `final` one is as any if the host has answered since the request was `sent`."""
         with self._table.lock:
             circuit = self._circuit()
             # 1. many requests are sent  2. one times out and opens it  3. so do the others: that is no news.
@@ -171,7 +174,7 @@ class Breaker:
                 return
             circuit.failures += 1
             was_open = circuit.error is not None
-            opens = was_open or final or circuit.failures >= FAILURES
+            opens = was_open or (final and sent >= circuit.answered) or circuit.failures >= FAILURES
             if opens:
                 circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
                 circuit.seconds = min(LAST, max(FIRST, circuit.seconds * 2)) if was_open else FIRST
@@ -196,11 +199,11 @@ class Breaker:
         the host's own answer of the last seconds counts more.
         """
         now = self._clock()
-        if not 0 <= opened.age < HEARSAY or now - self._answered_at <= max(opened.age, LAST):
+        if not 0 <= opened.age < HEARSAY:
             return
         with self._table.lock:
             circuit = self._circuit()
-            if circuit.error is not None:
+            if circuit.error is not None or now - circuit.answered <= max(opened.age, LAST):
                 return
             error = f"another replica found: {opened.error}"[:LONGEST]
             heard = _Circuit(error=error, timeout=opened.timeout, since=now - opened.age, heard=True)
@@ -208,23 +211,18 @@ class Breaker:
             self._table.put(self._key, heard)
         self._changed((OriginTimeout if opened.timeout else OriginFailed)(error))
 
-    def cut(self, error: RegistryError) -> None:
-        """Record a body that ended early, long after the headers of its response."""
-        circuit = self._circuit()
-        if circuit.error is None:
-            self.failed(error, circuit.openings, final=False)
-
 
 class Attempt:
     """One request that a breaker has allowed."""
 
-    def __init__(self, breaker: Breaker, opening: int) -> None:
+    def __init__(self, breaker: Breaker, opening: int, sent: float) -> None:
         self._breaker = breaker
         self._opening = opening
+        self._sent = sent
 
     def succeeded(self) -> None:
         self._breaker.succeeded()
 
     def failed(self, error: RegistryError, *, final: bool = False) -> None:
-        """`final`: this failure alone proves that other requests would fail too."""
-        self._breaker.failed(error, self._opening, final=final)
+        """`final`: this failure alone proves that others would fail too, unless some were answered since."""
+        self._breaker.failed(error, self._opening, final=final, sent=self._sent)

@@ -93,7 +93,7 @@ class Download(Blob):
                 if stop is not None and self._position >= stop:
                     return
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise self._transport.broken(self._response, error) from error
+            raise self._transport.failed(error) from error
 
     async def _next(self) -> bytes:
         """The bytes that come next; none at the end."""
@@ -115,7 +115,7 @@ class Download(Blob):
         try:
             more = await self._body.wait()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise self._transport.broken(self._response, error) from error
+            raise self._transport.failed(error) from error
         if more:
             await self._received(await write(self._body.readinto))
         return more

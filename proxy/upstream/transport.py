@@ -357,7 +357,7 @@ class Transport:
             async with self.coming():
                 return await self._body(response, limit, take)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise self.broken(response, error) from error
+            raise self.failed(error) from error
 
     async def _body(
         self, response: aiohttp.ClientResponse, limit: int, take: Callable[[int], None] = ignore
@@ -373,12 +373,6 @@ class Transport:
             response.close()
             raise
         return bytes(content)
-
-    def broken(self, response: aiohttp.ClientResponse, error: BaseException) -> RegistryError:
-        """The error for a response whose body ended early."""
-        failure = self.failed(error)
-        self.breaker(response.url).cut(failure)
-        return failure
 
     def failed(self, error: BaseException, url: URL | None = None) -> RegistryError:
         """The error for a request to `url` that failed on the network, or for a body without `url`."""

@@ -14,7 +14,7 @@ from storage.bucket.objects import Bucket, BucketHealth
 from storage.disk.health import DiskHealth
 from storage.disk.records import SQLiteRecords
 from storage.disk.troubles import Troubles
-from storage.errors import BlobUploadUnknown, DigestInvalid, Unavailable
+from storage.errors import BlobUploadUnknown, DigestInvalid, StorageUnavailable, Unavailable
 from storage.keys import LEFTOVER, OBJECT, UPLOAD
 from storage.oci import Digest
 from storage.registry import Upload
@@ -162,6 +162,33 @@ async def test_who_cancels_leaves_nothing(servers: Servers) -> None:
     assert await servers.left() == []
     with pytest.raises(BlobUploadUnknown):
         await servers.one.reopen(id, "a")
+
+
+async def test_who_cancels_what_has_just_ended_keeps_the_blob(servers: Servers) -> None:
+    id = await servers.begun(CONTENT)
+    late = await servers.other.reopen(id, "a")
+    await (await servers.one.reopen(id, "a")).commit(DIGEST)
+    await late.cancel()
+    assert await servers.left() == []
+    assert await servers.read(DIGEST) == CONTENT
+
+
+async def test_an_upload_that_ended_and_could_not_be_forgotten_keeps_its_blob(
+    servers: Servers, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*arguments: object) -> None:
+        raise StorageUnavailable("the database does not answer")
+
+    id = await servers.begun(CONTENT)
+    upload = await servers.one.reopen(id, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(servers.one, "forget_session", lost)
+        await upload.commit(DIGEST)
+    with pytest.raises(BlobUploadUnknown):
+        await (await servers.other.reopen(id, "a")).commit(DIGEST)
+    clock.advance(DAY + 1)
+    assert await servers.left() == []
+    assert await servers.read(DIGEST) == CONTENT
 
 
 async def test_an_upload_is_of_one_repository(servers: Servers) -> None:

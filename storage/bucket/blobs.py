@@ -212,12 +212,16 @@ class BucketBlobs(UploadFiles):
         hash, hashed = self._hashes.pop(file.id, (None, 0))
         return Digest.of_hash(hash) if hash is not None and hashed == file.offset else None
 
-    async def promote(self, key: str, size: int, digest: Digest) -> None:
-        """Make a blob of a leftover with this content."""
+    async def promote(self, id: str, key: str, size: int, digest: Digest) -> None:
+        """End the upload, and make a blob of its only part, a leftover with this content."""
         known = await run_in_thread(self._object, digest)
         kept = known is not None and await self._is_kept(digest, known)
-        made = partial(self._record, digest, key, size, None if kept else known)
-        if not await run_in_thread(partial(self._records.transaction, made, shared=True)):
+
+        def work(batch: Batch) -> bool:
+            batch.delete(UPLOAD.key(id))
+            return self._record(digest, key, size, None if kept else known, batch)
+
+        if not await run_in_thread(partial(self._records.transaction, work, shared=True)):
             raise BlobUploadUnknown(f"the upload of {digest} has just ended")
 
     def forget_session(self, id: str, parts: Sequence[tuple[str, int]]) -> None:
@@ -226,7 +230,8 @@ class BucketBlobs(UploadFiles):
         def work(batch: Batch) -> None:
             batch.delete(UPLOAD.key(id))
             for key, _ in parts:
-                batch.put(LEFTOVER.key(key), DUE)
+                if batch.get(LEFTOVER.key(key)) is not None:  # else another request has made a blob of it
+                    batch.put(LEFTOVER.key(key), DUE)
 
         self._records.transaction(work, shared=True)
 

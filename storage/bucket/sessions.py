@@ -81,8 +81,8 @@ class SessionFiles(Protocol):
     async def put_object(self, key: str, source: Path, size: int, digest: Digest | None) -> None:
         """Make an object of a file of `size` bytes, with this digest."""
 
-    async def promote(self, key: str, size: int, digest: Digest) -> None:
-        """Make a blob of a leftover with this content."""
+    async def promote(self, id: str, key: str, size: int, digest: Digest) -> None:
+        """End an upload, and make a blob of its only part, a leftover with this content."""
 
     def forget_session(self, id: str, parts: Sequence[tuple[str, int]]) -> None:
         """Remove the record of an upload, and have its parts deleted."""
@@ -171,8 +171,7 @@ class SharedUpload(Upload):
             if session.digest != digest:
                 raise DigestInvalid(f"content is {session.digest}, not {digest}")
             key, size = session.parts[0]
-            await self._blobs.promote(key, size, digest)
-            await self._forget(parts=[])
+            await self._blobs.promote(self.id, key, size, digest)
             return Descriptor(OCTETS, digest, size)
         file = self._blobs.begin()
         try:
@@ -213,10 +212,9 @@ class SharedUpload(Upload):
             await file.cancel(error)
         await self._forget()
 
-    async def _forget(self, parts: list[tuple[str, int]] | None = None) -> None:
-        """Remove the record; the parts, by default all, are deleted soon."""
+    async def _forget(self) -> None:
+        """Remove the record; the parts are deleted soon."""
         session, self._session = self._session, None
         if session is not None:
             with suppress(StorageFailed):  # it is removed after a day, as one that was abandoned
-                gone = session.parts if parts is None else parts
-                await run_in_thread(self._blobs.forget_session, self.id, gone)
+                await run_in_thread(self._blobs.forget_session, self.id, session.parts)

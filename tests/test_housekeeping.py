@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from proxy.server import housekeeping
 from storage.oci import Digest
 from tests.conftest import Clock, Serve, Site
 from tests.upstream import Image, Upstream
@@ -97,6 +100,21 @@ async def test_a_pin_stays_whatever_its_age(
     upstream_head = await site.get(f"{NAME}/manifests/{pinned.digest}")
     assert upstream_head[0] == 200
     assert upstream.requests == []
+
+
+async def test_a_round_makes_the_next_one_wait_for_what_it_counts_not_for_what_it_removes(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, passed = await serve(upstream), [0.0]
+
+    def takes(seconds: float) -> Callable[..., int]:
+        return lambda *arguments: passed.append(passed[-1] + seconds) or 0  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(housekeeping, "time", SimpleNamespace(monotonic=lambda: passed[-1]))
+    monkeypatch.setattr(site.app.composition.store.files, "reap", takes(3600))
+    monkeypatch.setattr(site.app.composition.maintenance.eviction, "over", takes(60))
+    monkeypatch.setattr(site.app.composition.maintenance.eviction, "stored", takes(0.5))
+    assert await site.app.housekeeper._round() == 100
 
 
 @pytest.mark.errors("blob.damaged")

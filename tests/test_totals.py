@@ -256,6 +256,24 @@ def test_a_wrong_total_is_told_of_and_corrected(store: Store, events: LogCapture
     ]
 
 
+def test_what_is_written_during_a_count_is_no_correction(
+    store: Store, events: LogCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.records.put(TAG.key(A, "1"), b"x 1")
+    scan = store.records.scan
+
+    def written_before(prefix: str, after: str = "") -> Iterator[tuple[str, bytes]]:
+        monkeypatch.undo()
+        store.records.put(TAG.key(A, "2"), b"x 1")
+        return scan(prefix, after)
+
+    monkeypatch.setattr(store.records, "scan", written_before)
+    for _ in Counting(store).check(TOTAL.key(A)):
+        pass
+    assert_counted(store)
+    assert [each for each in events.entries if each["event"] == "totals.corrected"] == []
+
+
 @pytest.mark.parametrize("record", [b"", b"{}", b"[]", b'{"changes": "x"}', b"\xff" * 9])
 def test_a_total_that_cannot_be_read_is_counted_again(store: Store, record: bytes) -> None:
     store.records.put(TAG.key(A, "1"), b"x 1")

@@ -132,9 +132,10 @@ class Counting:
             ended = len(rows) < BATCH
             if ended and not begun and (found.same(known) if known else before is None and not rows):
                 return
-            if ended:
-                self._end(key, total, found)
+            wrong = self._end(total, found) if ended else None
             if self._replace(key, before, total) and ended:
+                if wrong is not None:
+                    _tell(key, wrong, found)
                 return
             self._pause()
             yield True
@@ -148,18 +149,17 @@ class Counting:
                 rows += islice(self._records.scan(prefix, after), BATCH - len(rows))
         return rows
 
-    def _end(self, key: str, total: Total, found: Counts) -> None:
-        """Take the finished count for the total."""
-        known = total.counted
+    def _end(self, total: Total, found: Counts) -> Counts | None:
+        """Take the finished count for the total; what was recorded before, if that is wrong."""
+        known, wrong = total.counted, None
         if known is not None and not known.same(found):
-            name = (STORED if key.startswith(STORED.prefix()) else TOTAL).parse(key)[0]
-            was, now = (known.numbers, known.bytes), (found.numbers, found.bytes)
-            log.warning("totals.corrected", of=name, known=was, found=now)
+            wrong = known
             total.changes += 1
         elif known is not None:
             found.oldest = known.oldest  # later, if an expiry has looked closely
         found.used = max(found.used, known.used if known else 0.0)
         total.counted, total.recount, total.reached = found, None, ""
+        return wrong
 
     def _replace(self, key: str, before: bytes | None, total: Total) -> bool:
         """Write the total unless it has changed meanwhile; whether it was written."""
@@ -211,6 +211,12 @@ class Counting:
                 record_blob(self._store, batch, Digest(each))
 
         self._records.transaction(work)
+
+
+def _tell(key: str, known: Counts, found: Counts) -> None:
+    name = (STORED if key.startswith(STORED.prefix()) else TOTAL).parse(key)[0]
+    was, now = (known.numbers, known.bytes), (found.numbers, found.bytes)
+    log.warning("totals.corrected", of=name, known=was, found=now)
 
 
 def _use(found: StoredBlob) -> BlobUse:

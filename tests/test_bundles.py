@@ -20,9 +20,11 @@ import pytest
 from proxy.cache.refresh import refresh
 from proxy.namespaces.composition import Composition, compose
 from proxy.namespaces.references import FieldInvalid
+from proxy.transfer import bundle_export
 from proxy.transfer.bundle_export import BundleExport, Selection, earlier
 from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import BundleImported, Exported
+from storage.archives import importer
 from storage.archives.exporter import named
 from storage.errors import (
     ArchiveInvalid,
@@ -34,8 +36,10 @@ from storage.errors import (
     StorageFailed,
 )
 from storage.keys import MANIFEST
+from storage.maintenance.pins import Pin
 from storage.maintenance.usage import Use
 from storage.oci import ARTIFACTS, Digest, Manifest, Tag
+from storage.store import Store
 from tests.conftest import Clock, configuration
 from tests.upstream import Image, Upstream
 from tests.upstream import Manifest as Made
@@ -470,6 +474,29 @@ async def test_chosen_by_glob_and_digest(at: Opened, stock: Stock, upstream: Ups
         await site.image("ghcr.io/team/app", other)
 
 
+async def test_what_is_deleted_while_a_glob_is_looked_up_is_left_out(
+    at: Opened, stock: Stock, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matching = bundle_export.matching
+
+    def deleted_after(store: Store, pin: Pin) -> Any:
+        found = list(matching(store, pin))
+        if found:
+            store._delete(NAME, Tag("plain"), None)
+            store._delete(NAME, Digest(stock.plain.digest), None)
+        return found
+
+    async with at("home") as home:
+        for tag in ("3", "plain"):
+            await home.fetch(NAME, tag)
+        monkeypatch.setattr(bundle_export, "matching", deleted_after)
+        done = await home.export(bundle, "docker.io/*", "docker.io/library/alpine@sha256:*")
+        assert f"{NAME}:3" in (names := {each.reference for each in done.references})
+        assert not names & {f"{NAME}:plain", f"{NAME}@{stock.plain.digest}"}
+        with pytest.raises(ManifestUnknown):
+            await home.export(bundle.with_name("other"), "docker.io/*", "alpine:plain")
+
+
 async def test_chosen_by_use(
     at: Opened, stock: Stock, clock: Clock, upstream: Upstream, bundle: Path
 ) -> None:
@@ -654,6 +681,25 @@ async def test_tags_move_back_if_an_older_bundle_comes(
         await site.parts.recorder.flush()
         [moved] = site.parts.usage.moves(NAME, Tag("plain"))
         assert moved.new == stock.plain.digest
+
+
+async def test_a_tag_of_what_was_deleted_during_the_import_is_not_set(
+    at: Opened, stock: Stock, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with at("home") as home:
+        for tag in ("3", "plain"):
+            await home.fetch(NAME, tag)
+        await home.export(bundle, "alpine:3", "alpine:plain")
+    binding = importer._binding
+    async with at("site", offline=True) as site:
+
+        def deleted_before(*arguments: Any) -> Any:
+            site.parts.store._delete(NAME, Digest(stock.plain.digest), None)
+            return binding(*arguments)
+
+        monkeypatch.setattr(importer, "_binding", deleted_before)
+        await site.take(bundle)
+        assert await site.parts.namespaces.tags(NAME) == ["3"]
 
 
 async def test_what_comes_in_is_pinned_if_that_is_wanted(at: Opened, stock: Stock, bundle: Path) -> None:

@@ -147,7 +147,7 @@ class BundleExport:
         pin = self._reader.pattern("names", text)
         for store in self._parts.stores:
             for repository, reference in matching(store, pin):
-                yield ExportReference(store, repository, reference)
+                yield ExportReference(store, repository, reference, found=True)
 
     def _used(self, image: ExportReference, since: float, planner: ExportPlanner) -> bool:
         use = self._parts.usage.use(image.repository, image.reference)

@@ -16,7 +16,7 @@ from storage.archives.bundle import BaseBundle, BundleContents, BundledReference
 from storage.disk.health import translated
 from storage.errors import ManifestUnknown
 from storage.graph import Walk, contents, matches_platform, selected
-from storage.keys import REFERRER, TAG
+from storage.keys import MANIFEST, REFERRER, TAG
 from storage.names import written
 from storage.oci import MANIFEST_LIMIT, Descriptor, Digest, ManifestContent, Reference, Tag, platform_of
 from storage.store import Store
@@ -27,15 +27,24 @@ ATTESTED = "vnd.docker.reference.digest"  # annotation: the child that an attest
 
 
 class ExportReference(NamedTuple):
-    """A reference to export.  `repository` is a full name."""
+    """A reference to export.  `repository` is a full name.
+
+    One that was `found` among others may be gone by now; one that was named must be there.
+    """
 
     store: Store
     repository: str
     reference: Reference
+    found: bool = False
 
     @property
     def name(self) -> str:
         return written(self.repository, self.reference)
+
+    @property
+    def stored(self) -> bool:
+        kind = TAG if isinstance(self.reference, Tag) else MANIFEST
+        return self.store.records.holds(kind.key(self.repository, self.reference))
 
 
 class ContentSource(NamedTuple):
@@ -155,11 +164,18 @@ class ExportPlanner:
     def add(self, wanted: ExportReference) -> bool:
         """Add a reference unless it is incomplete, or an image for another platform; whether it was added.
 
-        Raises ManifestUnknown if it is a tag that is not stored.
+        Raises ManifestUnknown if it is a tag that is not stored, and was not found among others.
         """
-        store, repository, _ = wanted
-        digest, validated = self._digest(wanted)
+        store, repository = wanted.store, wanted.repository
+        try:
+            digest, validated = self._digest(wanted)
+        except ManifestUnknown:
+            if wanted.found:
+                return False
+            raise
         tree = ExportTreeReader(store, repository, self._platforms).tree(digest)
+        if tree.missing and wanted.found and not wanted.stored:
+            return False
         if tree.missing:
             self.incomplete[wanted.name] = tree.missing
             return False
@@ -223,8 +239,11 @@ class ExportPlanner:
             for key, _ in list(store.records.scan(start)):
                 tag = Tag(TAG.parse(key)[1])
                 if (repository, tag) not in self._references:
-                    wanted = ExportReference(store, repository, tag)
-                    digest, validated = self._digest(wanted)
+                    wanted = ExportReference(store, repository, tag, found=True)
+                    try:
+                        digest, validated = self._digest(wanted)
+                    except ManifestUnknown:
+                        continue
                     tree = reader.tree(digest)
                     if tree.missing:
                         self.incomplete_referrers[wanted.name] = tree.missing

@@ -24,6 +24,7 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
+from storage.keys import MANIFEST
 from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag
 from storage.records import Batch, Records, batches
 from storage.store import Store
@@ -228,6 +229,8 @@ def _binding(
     def work(batch: Batch) -> list[ImportedTag]:
         moved = []
         for tag, (digest, validated_at) in tags:
+            if batch.get(MANIFEST.key(target.repository, digest)) is None:
+                continue  # it was deleted after it was stored, and its tags with it
             target.allowed(batch, tag, digest)
             known = target.store.pointer(target.repository, tag)
             target.store.put_tag(batch, target.repository, tag, digest, validated_at)

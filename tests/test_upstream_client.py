@@ -14,6 +14,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream import pages
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.requests import UpstreamSettings
+from proxy.upstream.transport import RETRIES
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -35,12 +36,15 @@ from storage.oci import (
     Span,
 )
 from tests.upstream import (
+    Bearer,
     ContentType,
     Corrupt,
     Fault,
     Gzip,
     NoDigest,
+    Reset,
     Status,
+    Truncate,
     Upstream,
     WrongDigest,
     WrongLength,
@@ -54,6 +58,23 @@ from tests.upstream_client import BODY, LATEST, Ask, read
 async def test_it_takes_at_least_one_credential() -> None:
     with pytest.raises(ValueError, match=r"docker\.io: credentials is empty"):
         UpstreamRegistry("docker.io", UpstreamSettings("https://registry-1.docker.io"), [], Metrics())
+
+
+@pytest.mark.parametrize("kind", ["manifest", "tags", "token"])
+@pytest.mark.parametrize("fault", [Reset(0), Reset(9), Truncate(0), Truncate(9)], ids=str)
+async def test_a_small_document_that_breaks_off_is_requested_again(
+    ask: Ask, upstream: Upstream, fault: Fault, kind: str
+) -> None:
+    image = upstream.image("a/b", "latest")
+    upstream.auth = Bearer()
+    upstream.next("GET", kind, fault, times=RETRIES)
+    origin = ask(upstream.url)
+    assert await origin.tags("a/b") == ["latest"]
+    assert (await origin.get_manifest("a/b", LATEST)).digest == image.digest
+    assert [each.kind for each in upstream.requests].count(kind) >= 1 + RETRIES
+    upstream.next("GET", "manifest", fault, times=1 + RETRIES)
+    with pytest.raises(OriginFailed, match="ended early"):
+        await origin.get_manifest("a/b", LATEST)
 
 
 async def test_every_request_says_what_it_takes(ask: Ask, upstream: Upstream) -> None:

@@ -134,11 +134,16 @@ class UpstreamRegistry(Registry):
         """Send one request, which updates `healthy`."""
         await self._sender.probe()
 
+    def _request(
+        self, method: str, repository: str, path: str, kind: str, headers: dict[str, str]
+    ) -> UpstreamRequest:
+        url = self._sender.url(f"{self._prefix}{repository}/{path}")
+        return UpstreamRequest(method, url, kind, repository, headers)
+
     async def _send(
         self, method: str, repository: str, path: str, kind: str, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
-        url = self._sender.url(f"{self._prefix}{repository}/{path}")
-        return await self._sender.send(UpstreamRequest(method, url, kind, repository, headers))
+        return await self._sender.send(self._request(method, repository, path, kind, headers))
 
     def _pages(self, path: str, kind: str, repository: str = "", also: str = "") -> AsyncIterator[Any]:
         request = UpstreamRequest("GET", self._sender.url(self._prefix + path), kind, repository, also=also)
@@ -178,20 +183,15 @@ class UpstreamRegistry(Registry):
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         if isinstance(reference, Digest) and (unread := self._unread.pop((repository, reference), None)):
             return unread
-        headers = {"Accept": ACCEPT}
-        async with await self._send(
-            "GET", repository, f"manifests/{reference}", "manifest", headers
-        ) as response:
-            content = await self._sender.content(response, MANIFEST_LIMIT)
-            media_type = stated_media_type(response)
-            if media_type in _VAGUE:
-                try:
-                    media_type = await run_sized(len(content), media_type_of, content)
-                except ManifestInvalid:
-                    raise OriginFailed(
-                        f"{self._name} sent no manifest for {reference} of {repository}"
-                    ) from None
-            stated = stated_digest(response)
+        request = self._request("GET", repository, f"manifests/{reference}", "manifest", {"Accept": ACCEPT})
+        response, content = await self._sender.document(request, MANIFEST_LIMIT)
+        media_type = stated_media_type(response)
+        if media_type in _VAGUE:
+            try:
+                media_type = await run_sized(len(content), media_type_of, content)
+            except ManifestInvalid:
+                raise OriginFailed(f"{self._name} sent no manifest for {reference} of {repository}") from None
+        stated = stated_digest(response)
         if isinstance(reference, Digest):
             manifest = Manifest.of(media_type, content, reference.algorithm)
             if manifest.digest != reference:

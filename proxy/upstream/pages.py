@@ -49,10 +49,8 @@ async def _pages(
         if page is None:
             return
         try:
-            async with asyncio.timeout_at(deadline), await sender.send(page) as response:
-                raw = await sender.transport.read(response, LISTING_LIMIT, take)
-                content = sender.decoded(response, raw, LISTING_LIMIT)
-                take(max(0, len(content) - len(raw)))
+            async with asyncio.timeout_at(deadline):
+                response, content = await sender.document(page, LISTING_LIMIT, take)
         except TimeoutError:
             raise OriginTimeout(f"{name} took over {LISTING_SECONDS:.0f} s to list {path}") from None
         except (ManifestUnknown, NameUnknown, Unsupported) as error:

@@ -26,14 +26,14 @@ from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import decoded
 from proxy.upstream.errors import ERROR_LIMIT, error_from_response, result_of
-from proxy.upstream.listing_memory import ListingMemory
+from proxy.upstream.listing_memory import ListingMemory, ignore
 from proxy.upstream.messages import PeerLink, UpstreamRequest, accepted, authorization_of
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
 from proxy.upstream.redirects import RedirectMemory
 from proxy.upstream.refusals import Refusals
 from proxy.upstream.shared_limits import KnownUpstream
 from proxy.upstream.tokens import TokenCache, TokenResponse
-from proxy.upstream.transport import READING, Transport
+from proxy.upstream.transport import READING, RETRIES, Interrupted, Transport
 from storage.errors import OriginDenied, OriginForbidden, RegistryError, TooManyRequests, Unavailable
 from storage.limits import RateLimit
 from storage.oci import MANIFEST_LIMIT
@@ -81,8 +81,7 @@ class RequestSender:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         home = URL(settings.url)
-        self.name = name
-        self.home = home
+        self.name, self.home = name, home
         self.host = home.host_port_subcomponent or ""
         self.reserve = settings.reserve
         self._settings = settings
@@ -272,7 +271,8 @@ class RequestSender:
         content = b""
         if request.method not in READING:
             with suppress(RegistryError):  # then only its status is used
-                content = await self.content(response, ERROR_LIMIT)
+                raw = await self.transport.read(response, ERROR_LIMIT)
+                content = self._decoded(response, raw, ERROR_LIMIT)
         error = error_from_response(self.name, response, request.repository, request.kind, content)
         if isinstance(error, TooManyRequests) and not home:
             # The limit is the CDN's, not that of these credentials.
@@ -359,12 +359,26 @@ class RequestSender:
         self._traffic.count_received(number)
         await self._bandwidth.take(number)
 
-    async def content(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        """The decoded body of a small document.  Raises OriginFailed, OriginTimeout."""
-        return self.decoded(response, await self.transport.read(response, limit), limit)
+    async def document(
+        self, request: UpstreamRequest, limit: int, take: Callable[[int], None] = ignore
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """A response and its decoded body, a small document; `take` is as in Transport.read().
 
-    def decoded(self, response: aiohttp.ClientResponse, content: bytes, limit: int) -> bytes:
-        """The `content` that was read, without its Content-Encoding.  Raises OriginFailed."""
+        If it breaks off, the request is sent again.  Raises as send() and read() do.
+        """
+        for left in range(RETRIES, -1, -1):
+            async with await self.send(request) as response:
+                try:
+                    raw = await self.transport.read(response, limit, take)
+                    break
+                except Interrupted:
+                    if not left:
+                        raise
+        content = self._decoded(response, raw, limit)
+        take(max(0, len(content) - len(raw)))
+        return response, content
+
+    def _decoded(self, response: aiohttp.ClientResponse, content: bytes, limit: int) -> bytes:
         self._traffic.count_received(len(content))
         return decoded(self.name, response, content, limit)
 
@@ -376,7 +390,7 @@ class RequestSender:
         seconds = seconds_until(response.headers, time.time)
         if response.status == 429 and seconds is None:
             seconds = DEFAULT_BLOCK  # the window of the registry's limit does not apply to the realm's
-        return TokenResponse(response.status, self.decoded(response, content, MANIFEST_LIMIT), seconds)
+        return TokenResponse(response.status, self._decoded(response, content, MANIFEST_LIMIT), seconds)
 
     async def close(self) -> None:
         for each in self._tokens:

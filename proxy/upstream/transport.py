@@ -53,6 +53,10 @@ _DOWN = frozenset((502, 503, 504))  # a 500 concerns one request only
 RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
 
 
+class Interrupted(OriginFailed):
+    """The body of a response ended early."""
+
+
 class Transport:
     """HTTP to one upstream and to the hosts it redirects to.  It is made inside a running event loop.
 
@@ -176,8 +180,7 @@ class Transport:
         with breaker.call() as attempt:
             try:
                 async with self._bounded(method, body):
-                    response = await self._persist(method, url, headers, body)
-                    content = b"" if limit is None else await self._body(response, limit)
+                    response, content = await self._persist(method, url, headers, body, limit)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error, url)
                 attempt.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
@@ -214,8 +217,8 @@ class Transport:
         (await self._session(True).head(url, allow_redirects=False, server_hostname=name)).release()
 
     async def _persist(
-        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody
-    ) -> aiohttp.ClientResponse:
+        self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody, limit: int | None
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
         connect = self._connect
         retries = RETRIES if method in READING else 0  # RFC 9110 §9.2.1
         wait = connect.progress_timeout if method in READING else connect.write_timeout
@@ -224,9 +227,9 @@ class Transport:
             try:
                 response = await self._once(method, url, headers, body, timeout, attempt)
                 if attempt == retries or response.status not in _DOWN or "Retry-After" in response.headers:
-                    return response
+                    return response, b"" if limit is None else await self._body(response, limit)
                 response.release()
-            except aiohttp.ClientConnectionError as error:
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
                 # A timeout has used up the time, and a certificate will not change.
                 if attempt == retries or isinstance(error, TimeoutError | aiohttp.ClientSSLError):
                     raise
@@ -351,13 +354,15 @@ class Transport:
         """The body of a small document, all of which must come within `progress_timeout`.
 
         `take` is called with the size of each piece of it.
-        Raises OriginTimeout, and OriginFailed if it has more than `limit` bytes or ends early.
+        Raises OriginTimeout, Interrupted, and OriginFailed if it has more than `limit` bytes.
         """
         try:
             async with self.coming():
                 return await self._body(response, limit, take)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        except TimeoutError as error:
             raise self.failed(error) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Interrupted(str(self.failed(error))) from error
 
     async def _body(
         self, response: aiohttp.ClientResponse, limit: int, take: Callable[[int], None] = ignore

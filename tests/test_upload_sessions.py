@@ -212,6 +212,18 @@ async def test_an_upload_that_is_slow_keeps_its_parts(servers: Servers, clock: C
         await servers.one.reopen(id, "a")
 
 
+async def test_all_parts_are_kept_for_a_day_after_the_last_one(servers: Servers, clock: Clock) -> None:
+    id = await servers.begun(PARTS[0])
+    clock.advance(DAY / 5)  # less than after which the parts are recorded as used again
+    await servers.add(id, PARTS[1], servers.other)
+    clock.advance(0.9 * DAY)
+    await asyncio.to_thread(servers.one.reap, DAY)
+    await servers.add(id, PARTS[2], servers.one)
+    await (await servers.one.reopen(id, "a")).commit(DIGEST)
+    assert await servers.read(DIGEST) == CONTENT
+    assert await servers.left() == []
+
+
 @pytest.mark.errors("bucket.failed")
 async def test_a_bucket_that_is_down_keeps_what_it_has(servers: Servers) -> None:
     id = await servers.begun(*PARTS[:2])

@@ -39,7 +39,7 @@ from typing import BinaryIO
 from storage.bucket.blob import BucketBlob, ObjectReader
 from storage.bucket.objects import CHUNK, Bucket, ObjectUnknown
 from storage.bucket.owner import BucketOwner, ForeignBucket
-from storage.bucket.sessions import Session, SharedUpload
+from storage.bucket.sessions import KEPT, PARTS, Session, SharedUpload
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.disk.blobs import TOUCH
 from storage.disk.directory import UploadFiles
@@ -366,12 +366,13 @@ class BucketBlobs(UploadFiles):
                 if found is None or self.clock() - found.at > age:
                     self.forget_session(UPLOAD.parse(key)[0], [] if found is None else found.parts)
             for key, value in self._records.scan(LEFTOVER.prefix()):
-                if not self._is_left(value, age):
+                name = LEFTOVER.parse(key)[0]
+                if not self._is_left(value, age + KEPT * name.startswith(PARTS)):
                     continue
                 if value != DUE:  # its writer has died, or could not tell the bucket
-                    self._bucket.abort(LEFTOVER.parse(key)[0])
+                    self._bucket.abort(name)
                 if self._records.transaction(partial(_condemn, key)):
-                    self._bucket.delete(LEFTOVER.parse(key)[0])
+                    self._bucket.delete(name)
                     self._records.delete(key)
                     reaped += value != DUE
             if self._bucket.health.ill():

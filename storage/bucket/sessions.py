@@ -30,7 +30,8 @@ from storage.oci import OCTETS, Descriptor, Digest
 from storage.records import Batch, Records
 from storage.registry import Upload
 
-KEPT = 6 * 3600.0  # seconds after which the parts are recorded as used again; leftovers stay for a day
+KEPT = 6 * 3600.0  # seconds after which the parts are recorded as used again: as leftovers they stay longer
+PARTS = "uploads/"  # the start of the keys of parts
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -132,7 +133,7 @@ class SharedUpload(Upload):
         blobs, now, former = self._blobs, self._blobs.clock(), self._session
         parts = [] if former is None else list(former.parts)
         if size:
-            key = f"uploads/{self.id}/{secrets.token_hex(8)}"
+            key = f"{PARTS}{self.id}/{secrets.token_hex(8)}"
             await run_in_thread(blobs.records.put, LEFTOVER.key(key), str(now).encode())
             await blobs.put_object(key, source, size, digest)
             parts.append((key, size))

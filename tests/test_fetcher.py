@@ -644,6 +644,33 @@ async def test_a_cut_after_which_ranges_fail(
     await rig.close()
 
 
+async def test_an_upstream_that_is_down_for_seconds_is_asked_for_the_rest(
+    tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, sleep, waited = Rig(tmp_path, upstream, clock, clock), asyncio.sleep, 0.0
+
+    async def pass_time(seconds: float) -> None:
+        nonlocal waited
+        if seconds > fetcher.HEARING:
+            clock.advance(seconds)
+            waited += seconds
+            if waited - seconds < 6 <= waited:
+                await upstream.start()
+        await sleep(0)
+
+    digest = Digest(upstream.blob("a/b", BODY))
+    held = Hold(asyncio.Event(), after=200_000)
+    upstream.next("GET", digest, held)
+    reader = asyncio.create_task(rig.read(digest, 0, SIZE))
+    await held.reached.wait()
+    await upstream.stop()
+    monkeypatch.setattr(asyncio, "sleep", pass_time)
+    assert await reader == BODY
+    await rig.fills.ended(digest)
+    assert asked(upstream) == [(0, 0), (200_000, SIZE)]
+    await rig.close()
+
+
 @pytest.mark.errors("fill.failed")
 async def test_what_fails_for_ranges_and_for_all_of_it(rig: Rig, upstream: Upstream) -> None:
     digest = Digest(upstream.blob("a/b", BODY))

@@ -12,6 +12,7 @@ from typing import Any
 
 from proxy.cache.fill import LARGEST_UNSIZED, Fill, awaited
 from proxy.cache.readers import BlobSource
+from proxy.cache.refusals import answers
 from proxy.cache.transfers import Transfers
 from storage.disk.wanted import Wish
 from storage.errors import (
@@ -28,9 +29,9 @@ from storage.oci import Descriptor, Span
 
 HEARING = 0.1  # seconds between two looks at what other processes want
 LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
-RETRIES = 4  # in a row without progress
+RETRIES = 7  # in a row without progress: 25 seconds or more
 _REFUSALS = (Unavailable, BlobUnknown, NameUnknown, Denied)
-WHOLE = 3  # failures after which all of a blob is asked for: the origin may refuse ranges alone
+WHOLE = 3  # failures of an origin that is up, which may refuse ranges alone: then all of a blob is asked for
 
 
 class Fetcher:
@@ -111,7 +112,7 @@ class Fetcher:
         source, digest, upload = self._fill.source, self._fill.digest, self._transfers.upload
         if upload.offset and (upload.listed_size == upload.offset or upload.matches(digest)):
             # A former fill had received all of it, and was killed before it committed.
-            await source.origin.resolve_blob(source.name, digest)
+            await self._resolve()
             self._fill.repositories.add(source.repository)
             return
         if self._first is not None:
@@ -119,7 +120,7 @@ class Fetcher:
         await self._persist()
 
     async def _persist(self) -> None:
-        failures, wait = 0, 0.0
+        failures, refusals, wait = 0, 0, 0.0
         while True:
             before = self._transfers.upload.offset
             try:
@@ -133,11 +134,13 @@ class Fetcher:
             except _REFUSALS as error:
                 # Some origins refuse more transfers than they like with any status.
                 offset = self._transfers.upload.offset
-                failures = 0 if offset > before else failures + 1
+                failures, refusals = (0, 0) if offset > before else (failures + 1, refusals)
                 begun = isinstance(error, Unavailable) or offset > 0
                 if failures > RETRIES or not begun or not await self._promised():
                     raise
-                self._whole = failures >= WHOLE
+                # If it is down, that says nothing of ranges, and what is there need not come again.
+                refusals += failures > 0 and await answers(self._resolve, error)
+                self._whole = refusals >= WHOLE
                 self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))
                 wait = min(error.retry_after or 0.0, LONGEST_WAIT)
             if failures:
@@ -158,10 +161,12 @@ class Fetcher:
         source, started = self._fill.source, self._fill.started
         if not started.done() and self._transfers.upload.offset:
             with suppress(Unavailable, RangeInvalid):
-                descriptor = await source.origin.resolve_blob(source.name, self._fill.digest)
-                await self._transfers.begin(source, descriptor)
+                await self._transfers.begin(source, await self._resolve())
                 self._rest.confirm()
         return started.done() and self._rest.promised
+
+    async def _resolve(self) -> Descriptor:
+        return await self._fill.source.origin.resolve_blob(self._fill.source.name, self._fill.digest)
 
     async def _close_gaps(self) -> None:
         """Close the gaps in order.  Those that other transfers close are waited for."""

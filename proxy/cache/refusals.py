@@ -84,15 +84,9 @@ class RangeRefusals:
         self._table.put(self._key, (self._counted()[0] + 1, again))
 
     async def count_if(self, resolve: Callable[[], Awaitable[object]], error: RegistryError) -> None:
-        """Count a refusal if `resolve`, which asks for the blob by HEAD, does not raise: else it is down."""
-        if not self.counts:
-            return
-        if not isinstance(error, TooManyRequests):  # a HEAD would be refused as well
-            try:
-                await resolve()
-            except RegistryError:
-                return
-        self.count(error)
+        """Count a refusal unless the origin is down: see `answers`."""
+        if self.counts and await answers(resolve, error):
+            self.count(error)
 
     @property
     def lasting(self) -> bool:
@@ -120,3 +114,13 @@ class RangeRefusals:
         """Ask again for what was refused."""
         kept = {span: each for span, each in self._spans.items() if not (span[0] < stop and start < span[1])}
         self._spans = kept
+
+
+async def answers(resolve: Callable[[], Awaitable[object]], error: RegistryError) -> bool:
+    """Whether an origin is up that has failed with `error`: it answers `resolve`, a HEAD for the blob."""
+    if not isinstance(error, TooManyRequests):  # a HEAD would be refused as well
+        try:
+            await resolve()
+        except RegistryError:
+            return False
+    return True

@@ -103,14 +103,17 @@ def make_trees(packages: Path, trees: Path, architecture: str, epoch: int, site:
     _make_system(packages / architecture / "debian", system, architecture)
     ignored = shutil.ignore_patterns(*UNUSED)
     shutil.copytree(packages / architecture / "libraries", libraries / PACKAGES, ignore=ignored)
+    _remove_records(libraries)
     with tempfile.TemporaryDirectory() as temporary:
         python = ImagePython(system if architecture == NATIVE else Path(temporary))
         if architecture != NATIVE:
             _make_system(packages / NATIVE / "debian", python.system, NATIVE)
-        _install_entrepot(application / PACKAGES, epoch, python, packages / NATIVE / "libraries", site)
-        for found in (libraries, application):
-            _remove_records(found)
-        _compile(trees, python)
+        for tree in (system, libraries):  # first, for Python runs on them below
+            _compile(tree, python)
+        running = libraries / PACKAGES if architecture == NATIVE else packages / NATIVE / "libraries"
+        _install_entrepot(application / PACKAGES, epoch, python, running, site)
+        _remove_records(application)
+        _compile(application, python)
     _write(application, "usr/bin/entrepot")
     (application / "etc/entrepot").mkdir(parents=True)
     shutil.copyfile(HERE / "config.yml", application / "etc/entrepot/config.yml")
@@ -217,11 +220,10 @@ def _remove_records(tree: Path) -> None:
                 each.unlink()
 
 
-def _compile(trees: Path, python: ImagePython) -> None:
+def _compile(tree: Path, python: ImagePython) -> None:
     """Compile everything into files that no time is in: those of one architecture are those of each."""
-    for tree in (trees / each for each in ("system", "libraries", "application")):
-        options = ["-q", "--invalidation-mode=unchecked-hash", "-s", tree, "-p", "/", tree / "usr"]
-        python.run("-m", "compileall", *options)
+    options = ["-q", "--invalidation-mode=unchecked-hash", "-s", tree, "-p", "/", tree / "usr"]
+    python.run("-m", "compileall", *options)
 
 
 def _write_sbom(packages: Path, trees: Path, architecture: str, epoch: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.authority import Authority
 from tests.clients import images
-from tests.clients.image import layout as layout
+from tests.clients.image_page import layout as layout
 from tests.clients.processes import free_port, own_address, require
 from tests.clients.site import DockerRegistry, Site
 from tests.clients.walk import Walk

@@ -1,4 +1,4 @@
-"""The image of deploy/image, built once for all tests that want it."""
+"""The image of deploy/image, and what it is made of."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from tests.clients.containers import Podman
-from tests.clients.processes import GO, environment, require, run
-from tests.once import built_once
+from tests.clients.processes import environment, require, run
 from tests.test_docs import ROOT
 
 DIRECTORY = ROOT / "deploy" / "image"
@@ -42,22 +41,22 @@ class Layout:
         return json.loads(self.path(descriptor).read_text())
 
 
-def build(command: str, place: Path, umask: int, *options: str | Path) -> None:
-    """Run build.py: `image` makes a layout at `place`, and `trees` the files alone.
-
-    Both places are relative, as on the page.
-    """
-    require("buildah", "dpkg-deb")
+def packages() -> Path:
+    """The directory of what the image is made of; the test is skipped where nobody has downloaded it."""
     if not PACKAGES.exists():
         if os.environ.get("ENTREPOT_REQUIRE_CLIENTS") == "1":
             pytest.fail(f"{PACKAGES} has no packages: .ci/run downloads them")
         pytest.skip("the packages of the image are not downloaded: deploy/image/build.py fetch .venv/image")
+    return PACKAGES
+
+
+def build_trees(place: Path, umask: int, *options: str | Path) -> None:
+    """Make the files of the image at `place`, by build.py."""
+    require("dpkg-deb")
     given = {"SOURCE_DATE_EPOCH": str(EPOCH), "REVISION": "0123abc", "TMPDIR": str(place.parent)}
-    words = [sys.executable, BUILD, command, os.path.relpath(PACKAGES, place.parent), place.name, *options]
     done = subprocess.run(
-        words,
-        cwd=place.parent,
-        env={**os.environ, **GO, **given},
+        [sys.executable, BUILD, "trees", packages(), place, *options],
+        env={**os.environ, **given},
         capture_output=True,
         text=True,
         umask=umask,
@@ -66,17 +65,11 @@ def build(command: str, place: Path, umask: int, *options: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="session")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """Built by the first process of the tests that wants it."""
-    return Layout(built_once(tmp_path_factory, "image", lambda place: build("image", place, umask=0o022)))
-
-
 def running_podman(home: Path) -> Podman:
     """One that can run containers here, or the test is skipped."""
     podman = Podman(home)
     static = home / "static"
-    (package,) = PACKAGES.glob(f"{ARCHITECTURE}/debian/tini_*.deb")
+    (package,) = packages().glob(f"{ARCHITECTURE}/debian/tini_*.deb")
     run(["dpkg-deb", "--extract", package, static], environment(home))
     podman.choose_runtime(static / "usr/bin/tini-static")
     return podman

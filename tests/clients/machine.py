@@ -58,7 +58,7 @@ chmod 1777 tmp dev/shm; mkdir -p usr/local/bin usr/local/sbin
 for each in {" ".join(DEVICES)}; do touch dev/$each; mount --bind /dev/$each dev/$each; done
 mkdir dev/pts run/lock
 : >etc/apt/sources.list
-rm -f usr/sbin/policy-rc.d
+rm -f usr/sbin/policy-rc.d var/lib/man-db/auto-update
 mount -t devpts devpts dev/pts -o newinstance,ptmxmode=0666
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd

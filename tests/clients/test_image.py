@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from proxy.cli.main import main
 from tests.clients.containers import Podman
-from tests.clients.image import DIRECTORY, EPOCH, Layout, build, running_podman
+from tests.clients.image import DIRECTORY, EPOCH, Layout, build_trees, running_podman
 from tests.clients.processes import Process, environment, free_port, require, run
 from tests.clients.site import SERVER
 from tests.documentation import site
@@ -86,7 +86,7 @@ def test_it_has_the_same_bytes_each_time(layout: Layout, site: Path, tmp_path: P
 
     The documentation in that one was built by this Python.
     """
-    build("trees", tmp_path / "trees", 0o007, "--site", site)
+    build_trees(tmp_path / "trees", 0o007, "--site", site)
     for tree, layer in zip(TREES, layout.manifest["layers"], strict=True):
         owner = (USER, 0) if tree == "data" else (0, 0)
         with tarfile.open(layout.path(layer)) as archive:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.authority import Authority
+from tests.clients import debian_package
 from tests.clients.machine import Machine
 from tests.clients.processes import require
 from tests.clients.surroundings import (
@@ -19,16 +20,17 @@ from tests.clients.surroundings import (
     provide_names,
     provide_packages,
 )
+from tests.documentation import site
 from tests.test_distributions import built
 
-__all__ = ["built"]  # a fixture
+__all__ = ["built", "site"]  # fixtures
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
 def machine(home: Path) -> Iterator[Machine]:
     """Which reaches Docker Hub."""
-    require("docker-registry", "dnsmasq", "skopeo", root=False)
+    require("dh", "docker-registry", "dnsmasq", "dpkg-buildpackage", "skopeo", root=False)
     machine = Machine(home)
     try:
         provide_names(machine, home)
@@ -68,17 +70,20 @@ namespaces: {docker.io: {upstream: https://registry-1.docker.io}, team: {store: 
 """
 
 
-def test_by_the_debian_package(machine: Machine, home: Path) -> None:
+def test_by_the_debian_package(machine: Machine, home: Path, site: Path, tmp_path: Path) -> None:
     """Also removed and purged, where what was pushed stays."""
     page = Page("docs/install/debian.md")
     provide_packages(machine, home)
     provide_clone(machine)
 
     def follow(words: str) -> str:
-        quickly = "export DPKG_DEB_COMPRESSOR_TYPE=none\n"
-        return machine.run(quickly + page.script(words), directory=CLONE)
+        given = "".join(f"export {name}={value}\n" for name, value in debian_package.VARIABLES.items())
+        return machine.run(given + page.script(words), directory=CLONE)
 
     follow("deploy/debian/build.py")
+    [package] = machine.path("/tmp/packages").glob("*.deb")
+    debian_package.check_files(package)
+    debian_package.check_it_is_made_again(package, site, tmp_path)
     assert "active (running)" in follow("apt install --yes /tmp/packages")
     assert machine.run("stat --format='%U:%G %a' /etc/entrepot /etc/entrepot/config.yml").split("\n")[:2] == [
         "root:entrepot 750",

@@ -36,6 +36,7 @@ from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.requests import UpstreamSettings
 from storage import patient
+from tests import preloaded
 from tests.authority import Authority
 from tests.order import spread
 from tests.pools import is_kept_open
@@ -76,6 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
         tempfile.tempdir = None  # it may be known already
     keep_failures(config)
     keep_memory(config)
+    preloaded.install()
     if config.getoption("markexpr") == QUICK:
         hypothesis.settings.load_profile("quick")
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 PORTS: set[int] = set()  # of the servers of buckets
+KEPT: set[str] = set()  # other descriptors that are kept, as their links in /proc are
 
 
 def is_kept_open(descriptor: str) -> bool:
-    """Whether it is a connection to one of these servers, at either end, or one that was reset.
+    """Whether it is kept, or a connection to one of these servers, at either end, or one that was reset.
 
     `descriptor` ends as its link in /proc does.
     """
+    if any(descriptor.endswith(each) for each in KEPT):
+        return True
     if not PORTS or "socket:[" not in descriptor:
         return False
     inode = descriptor.rpartition("[")[2].rstrip("]")

@@ -199,7 +199,8 @@ class Server:
 
     async def kill(self) -> None:
         """All processes at once."""
-        os.killpg(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(self.pid, signal.SIGKILL)
         await self.ended()
 
     async def stop(self) -> None:

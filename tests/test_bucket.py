@@ -101,6 +101,7 @@ async def test_a_large_blob_is_put_in_parts(place: Place) -> None:
     assert await place.read(digest, Span(PART - 1, PART + CHUNK)) == LARGE[PART - 1 : PART + CHUNK]
 
 
+@pytest.mark.clients
 async def test_few_parts_are_in_memory(place: Place) -> None:
     under_way, most = 0, 0
 

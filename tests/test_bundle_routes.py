@@ -349,6 +349,7 @@ async def test_what_nobody_expects_breaks_it_off_too(far: Far, monkeypatch: pyte
             await wire.rest()
 
 
+@pytest.mark.clients
 async def test_clients_that_take_nothing_leave_threads_for_all_else(far: Far) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(bundle_routes.SENDING + 1))
     made = image(os.urandom(24 << 20))  # more than sockets hold

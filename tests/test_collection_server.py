@@ -251,6 +251,7 @@ async def test_what_was_pushed_to_a_namespace_that_was_taken_out_stays(
     assert (await store.resolve_manifest(NAME, Tag("ci-1"))).digest == digest
 
 
+@pytest.mark.clients
 async def test_rules_by_pull_and_repository_of_a_server(
     serve: Serve, upstream: Upstream, tmp_path: Path, clock: Clock, events: LogCapture
 ) -> None:

@@ -343,6 +343,7 @@ async def test_a_cache_that_holds_a_blob_for_one_repository_asks_for_another(bui
         await (await cache.get_blob("a", digest)).close()
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("kind", ["tags", "referrers"])
 async def test_a_listing_nested_beyond_reason_is_no_listing(builder: Builder, kind: str) -> None:
     async with fake.Upstream() as registry:

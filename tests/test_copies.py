@@ -45,6 +45,7 @@ async def test_a_push_leaves_a_copy(registry: Registry) -> None:  # noqa: F811
     assert registry.fake.asked == []
 
 
+@pytest.mark.clients
 async def test_a_pull_leaves_a_copy_that_others_follow(registry: Registry) -> None:  # noqa: F811
     path = await blob_of(registry)
     found = await asyncio.gather(*(registry.ask("GET", path) for _ in range(5)))
@@ -286,6 +287,7 @@ async def test_a_transfer_that_breaks_off_continues(registry: Registry) -> None:
     assert registry.copies == {path.rpartition("/")[2]}
 
 
+@pytest.mark.clients
 @pytest.mark.errors("bucket.failed")
 async def test_a_transfer_outlives_the_link_that_it_began_for(registry: Registry) -> None:  # noqa: F811
     path = await blob_of(registry)
@@ -306,6 +308,7 @@ async def test_a_transfer_outlives_the_link_that_it_began_for(registry: Registry
     assert (await registry.ask("GET", path)).status == 404
 
 
+@pytest.mark.clients
 async def test_copies_are_bounded_by_the_limit_of_the_cache(
     serve: Serve, upstream: Upstream, tmp_path: Path
 ) -> None:

@@ -207,6 +207,7 @@ async def test_a_disk_full_in_mid_fill(
     assert room(disk) >= (24 if announced else 38) * MIB  # nobody holds what was stored of it
 
 
+@pytest.mark.clients
 @pytest.mark.errors("disk.failed")
 async def test_a_hundred_pulls_on_a_full_disk_are_one_event_and_it_heals(
     disk: Path, serve: Serve, upstream: Upstream, events: LogCapture
@@ -334,6 +335,7 @@ async def test_files_that_may_not_grow(place: Place, upstream: Upstream) -> None
 UPLOADS = "/v2/local/app/blobs/uploads/"
 
 
+@pytest.mark.clients
 async def test_what_is_cached_makes_room_for_what_is_pushed(
     disk: Path, serve: Serve, upstream: Upstream
 ) -> None:
@@ -349,6 +351,7 @@ async def test_what_is_cached_makes_room_for_what_is_pushed(
     assert all([await pulled(site, each) for each in cached])
 
 
+@pytest.mark.clients
 @pytest.mark.errors("disk.failed")
 async def test_what_cannot_be_pushed_for_lack_of_room(
     disk: Path, serve: Serve, upstream: Upstream, events: LogCapture

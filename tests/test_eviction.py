@@ -346,6 +346,7 @@ def test_the_oldest_are_enough_and_no_more(found: list[tuple[int, int]], enough:
         assert max(each.used_at for each in taken) <= min(each.used_at for each in rest)
 
 
+@pytest.mark.clients
 def test_many_blobs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     number = 5_000
     digests = [f"{each * 7919 % 256:02x}{each:062x}" for each in range(number)]

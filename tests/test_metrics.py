@@ -347,6 +347,7 @@ async def test_when_certificates_expire(
 # Storage
 
 
+@pytest.mark.clients
 async def test_what_the_housekeeping_does_is_counted(
     serve: Serve, upstream: Upstream, clock: Clock, tmp_path: Path
 ) -> None:

@@ -310,6 +310,7 @@ async def test_the_tree(site: Site) -> None:
         await site.operations.show("alpine:4")
 
 
+@pytest.mark.clients
 async def test_indexes_nested_without_end(site: Site) -> None:
     named = await site.image(ALPINE, None, b"layer")
     for _ in range(DEEPEST + 1500):

@@ -328,6 +328,7 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(console.ProgressDisplay, "show", lambda *_: None)
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("block", TYPED)
 async def test_output_is_what_the_page_shows(block: Block, terminal: None, sandbox: Sandbox) -> None:
     lines = FOUND[block]

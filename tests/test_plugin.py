@@ -180,6 +180,7 @@ def test_it(entrepot_mirror):
 )
 
 
+@pytest.mark.clients
 async def test_a_recording_is_made_once(
     run: Run, pytester: pytest.Pytester, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def faults(document: dict[str, Any]) -> list[Exception]:
     return [*OpenAPIV31SpecValidator(document).iter_errors()]
 
 
+@pytest.mark.clients
 def test_the_document_of_the_admin_api_is_openapi() -> None:
     assert faults(DOCUMENT) == []
 

@@ -59,6 +59,7 @@ async def verdicts(site: Site) -> dict[str, bool]:
     return found
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("api", [True, False], ids=["referrers", "fallback tag"])
 async def test_what_is_signed_is_served_with_a_network_and_without(
     serve: Serve, upstream: Upstream, api: bool

@@ -847,6 +847,7 @@ async def test_a_sampler_that_is_not_known_is_told_once(tracer: Make, events: Lo
     ]
 
 
+@pytest.mark.clients
 def test_the_server_imports_nothing_of_it() -> None:
     code = (
         "import sys, proxy.cli.main, proxy.server.process;"

@@ -256,6 +256,7 @@ async def test_what_is_refused_for_what_it_is_stands_not_in_the_way_for_ever(
     assert rig.queue.pending("a") == 0
 
 
+@pytest.mark.clients
 async def test_a_server_error_in_between_is_no_refusal_of_the_event(rig: Rig) -> None:
     rig.receiver.answers = [400, 503] * 300
     rig.put(1)

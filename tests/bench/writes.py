@@ -1,0 +1,343 @@
+"""Random writes to private registries at once, while database and bucket fail: what is lost, wrong or left.
+
+In rounds: in each, one to six operations run at once, on a registry whose content is in files or in a bucket,
+or on two servers over one bucket and one database.  Uploads in pieces, of which several requests go on with
+one; mounts, images, deletions, pulls, collections, and the removal of what was abandoned.  A transaction or
+an object may fail, or succeed and look as if it had failed.  After each round all is read and compared with
+what may be there, and up to two days pass.  At the end nothing may be left but what is in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import click
+import structlog
+
+from proxy.namespaces.hosted import Hosted
+from storage.bucket.blobs import BucketBlobs
+from storage.concurrency import run_in_thread, uninterrupted
+from storage.content import BlobContent
+from storage.disk.blobs import BlobFiles
+from storage.errors import (
+    BlobUnknown,
+    BlobUploadUnknown,
+    DigestInvalid,
+    ManifestBlobUnknown,
+    ManifestUnknown,
+    StorageFailed,
+    Unavailable,
+)
+from storage.keys import LEFTOVER, OBJECT, UPLOAD
+from storage.maintenance.collection import Collection
+from storage.maintenance.leases import Leases
+from storage.maintenance.retention import RetentionRules
+from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
+from storage.registry import Upload
+from storage.store import Store
+from storage.values import StoredObject
+from tests.bench.clients import BenchError
+from tests.bench.expected import GRACE, Expected, FailingBucket, FailingRecords, Failures, Key
+from tests.conftest import Clock
+from tests.counted import counts, plain, totals
+
+DAY = 86400.0
+PIECE = 20_000  # bytes that are written at a time
+REPOSITORIES, TAGS = ("a", "b"), (Tag("x"), Tag("y"))
+SIZES = (0, 10, 3000, 50_000)  # bytes of blobs
+PAUSES = (0, 0, 1, 60, 3600, DAY / 3, 0.7 * DAY, 1.7 * DAY)  # seconds between two rounds
+FAILING = (0.0, 0.0, 0.05, 0.25)  # the share of what fails, in a round
+
+
+class Server(NamedTuple):
+    hosted: Hosted
+    store: Store
+    collection: Collection
+
+
+class Run:
+    """Rounds on the `servers`, which are in `place`."""
+
+    def __init__(self, kind: str, place: Path, random: Random) -> None:
+        self.clock = Clock()
+        self.expected = Expected(self.clock)
+        self.failures = Failures(Random(random.random()))
+        self.done: Counter[str] = Counter()
+        self._random = random
+        self._place = place
+        self._records = FailingRecords(place / "records", self.clock, self.failures, kind == "two servers")
+        self._servers = [self._server(kind, name) for name in ("one", "other")[: 1 + (kind == "two servers")]]
+        self._blobs = {str(Digest.of(each)): each for each in map(random.randbytes, SIZES)}
+        self._uploads: dict[str, tuple[str, bytes]] = {}  # the repository, and what is to be sent
+        self._favourite = ""  # an upload of which several requests are likely
+
+    def _server(self, kind: str, name: str) -> Server:
+        files: BlobContent = BlobFiles(self._place / name, self.clock, private=True, ticks=self.clock)
+        if kind != "files":
+            bucket = FailingBucket(self._place / "bucket", self.failures)
+            files = BucketBlobs(bucket, self._records, self._place / name, self.clock, ticks=self.clock)
+        store = Store(files, self._records, self.clock, collected=True)
+        leases = Leases(store, GRACE, self.clock)
+        collection = Collection(
+            store, lambda name: RetentionRules(), leases, self.clock, lambda seconds: None
+        )
+        return Server(Hosted("local", store, leases, clock=self.clock), store, collection)
+
+    async def round(self) -> None:
+        kinds: list[Callable[[Server, str], Awaitable[None]]] = [self.begin] * 2 + [self.go_on] * 7
+        kinds += [self.finish] * 7 + [self.cancel, self.push] + [self.mount] * 3 + [self.image] * 4
+        kinds += [self.delete] * 3 + [self.pull] * 4 + [self.reap, self.collect] * 2
+        chosen = [self._random.choice(kinds) for _ in range(self._random.randint(1, 6))]
+        self.failures.share = self._random.choice(FAILING)
+        if self._random.random() < 0.3:
+            self._favourite = ""
+        await asyncio.gather(*map(self._try, chosen))
+        self.failures.share = 0.0
+        keys, what = self.expected.keys(), ", ".join(each.__name__ for each in chosen)
+        for server in self._servers:
+            found = {key: await self._read(server.store, key) for key in keys}
+            self.expected.compare(found, self.collect in chosen, what)
+        self.clock.advance(self._random.choice(PAUSES))
+
+    async def _try(self, operation: Callable[[Server, str], Awaitable[None]]) -> None:
+        with suppress(StorageFailed, Unavailable):
+            await operation(self._random.choice(self._servers), self._random.choice(REPOSITORIES))
+            self.done[operation.__name__] += 1
+
+    async def _read(self, store: Store, key: Key) -> str | None:
+        """What is there, by the records, and to the byte."""
+        kind, repository, name = key
+        with suppress(BlobUnknown, ManifestUnknown):
+            if kind != "blob":
+                reference = Tag(name) if kind == "tag" else Digest(name)
+                return str(store.manifest(f"local/{repository}", reference)[0].digest)
+            blob = await store.get_blob(f"local/{repository}", Digest(name))
+            try:
+                content = b"".join([bytes(each) async for each in blob.chunks()])
+            finally:
+                await blob.close()
+            return name if content == self._blobs[name] else f"{len(content)} other bytes"
+        return None
+
+    # Uploads
+
+    def _upload(self) -> str:
+        if self._favourite not in self._uploads:
+            self._favourite = self._random.choice([*self._uploads, ""])
+        return self._favourite
+
+    async def begin(self, server: Server, repository: str) -> None:
+        upload = await server.hosted.start_upload(repository)
+        await upload.suspend()
+        self._uploads[upload.id] = repository, self._random.choice([*self._blobs.values()])
+
+    async def _resumed(self, server: Server) -> tuple[Upload, str, bytes] | None:
+        id = self._upload()
+        if id in self._uploads:
+            repository, content = self._uploads[id]
+            try:
+                return await server.hosted.resume_upload(repository, id), repository, content
+            except BlobUploadUnknown:
+                self._uploads.pop(id, None)
+        return None
+
+    async def _send(self, upload: Upload, content: bytes, stop: int) -> None:
+        try:
+            for start in range(upload.offset, stop, PIECE):
+                await upload.write(content[start : min(stop, start + PIECE)])
+        except BaseException:
+            await upload.suspend()
+            raise
+
+    async def go_on(self, server: Server, _: str) -> None:
+        if (found := await self._resumed(server)) is not None:
+            upload, _, content = found
+            part = self._random.random() < 0.25
+            await self._send(
+                upload, content, self._random.randrange(len(content) + 1) if part else len(content)
+            )
+            await upload.suspend()
+
+    async def finish(self, server: Server, _: str) -> None:
+        if (found := await self._resumed(server)) is None:
+            return
+        upload, repository, content = found
+        if self._random.random() < 0.4:
+            await self._send(upload, content, len(content))
+        if upload.offset < len(content):
+            await upload.suspend()
+            return
+        digest = Digest.of(content + b"?") if self._random.random() < 0.1 else Digest.of(content)
+        self.expected.may(key := ("blob", repository, digest), digest)
+        with suppress(BlobUploadUnknown, DigestInvalid):  # of several requests at once one wins
+            await uninterrupted(upload.commit(digest))
+            self.expected.did(key, digest)
+
+    async def cancel(self, server: Server, _: str) -> None:
+        if (found := await self._resumed(server)) is not None:
+            await found[0].cancel()
+
+    async def push(self, server: Server, repository: str) -> None:
+        content = self._random.choice([*self._blobs.values()])
+        digest = Digest.of(content)
+        upload = await server.hosted.start_upload(repository, len(content))
+        self.expected.may(key := ("blob", repository, digest), digest)
+        try:
+            await self._send(upload, content, len(content))
+            await uninterrupted(upload.commit(digest))
+        except BaseException as error:
+            await upload.cancel(error)
+            raise
+        self.expected.did(key, digest)
+
+    # The rest
+
+    async def mount(self, server: Server, repository: str) -> None:
+        source, digest = self._random.choice(REPOSITORIES), Digest(self._random.choice([*self._blobs]))
+        self.expected.may(key := ("blob", repository, digest), digest)
+        try:
+            await uninterrupted(server.hosted.mount_blob(repository, digest, source))
+            self.expected.did(key, digest)
+        except BlobUnknown:
+            self.expected.unknown(("blob", source, digest), "a mount")
+
+    async def image(self, server: Server, repository: str) -> None:
+        named = self._random.sample([*self._blobs], self._random.choice((1, 1, 2)))
+        layers = [{"mediaType": "x/y", "digest": each, "size": len(self._blobs[each])} for each in named]
+        tree = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": layers[0], "layers": layers}
+        manifest = Manifest.of(OCI_MANIFEST, json.dumps(tree).encode())
+        tag, digest = self._random.choice((None, *TAGS)), str(manifest.digest)
+        self.expected.images[digest] = named
+        keys: list[Key] = [("manifest", repository, digest), *([("tag", repository, tag)] if tag else [])]
+        for key in keys:
+            self.expected.may(key, digest)
+        try:
+            await uninterrupted(server.hosted.push_manifest(repository, tag or manifest.digest, manifest))
+            for key in keys:
+                self.expected.did(key, digest)
+        except ManifestBlobUnknown as error:
+            for each in error.missing:
+                self.expected.unknown(("blob", repository, each), "an image")
+
+    async def delete(self, server: Server, repository: str) -> None:
+        kind = self._random.choice(("blob", "manifest", "tag"))
+        names = {"blob": [*self._blobs], "manifest": [*self.expected.images], "tag": [*TAGS]}[kind]
+        if not names:
+            return
+        name = self._random.choice(names)
+        self.expected.may(key := (kind, repository, name), None)
+        if kind == "manifest":
+            for tag in TAGS:
+                self.expected.may(("tag", repository, tag), None)  # if it is one of its tags
+        try:
+            if kind == "blob":
+                await uninterrupted(server.hosted.delete_blob(repository, Digest(name)))
+            else:
+                reference = Tag(name) if kind == "tag" else Digest(name)
+                await uninterrupted(server.hosted.delete_manifest(repository, reference))
+            self.expected.did(key, None)
+        except (BlobUnknown, ManifestUnknown):
+            self.expected.unknown(key, "a deletion")
+
+    async def pull(self, server: Server, repository: str) -> None:
+        key = ("blob", repository, self._random.choice([*self._blobs]))
+        try:
+            await (await server.hosted.get_blob(repository, Digest(key[2]))).close()
+            if not self.failures.share:  # else it may not have been recorded
+                self.expected.did(key, key[2])
+        except BlobUnknown:
+            self.expected.unknown(key, "a pull")
+
+    async def reap(self, server: Server, _: str) -> None:
+        await run_in_thread(server.store.files.reap, DAY)
+
+    async def collect(self, server: Server, _: str) -> None:
+        self.done["collected blobs"] += (await run_in_thread(server.collection.run)).blobs
+
+    async def end(self) -> None:
+        """Have removed what is not in use, and look whether anything is left or wrong."""
+        for step in (self.reap, self.collect, self.collect, self.reap):
+            self.clock.advance(2 * DAY)
+            for server in self._servers:
+                await step(server, "")
+        wrong, records = self.expected.wrong, self._records
+        wrong += [f"left: {key}" for kind in (UPLOAD, LEFTOVER) for key in records.keys(kind.prefix())]
+        objects = [StoredObject.parse(value) for _, value in records.scan(OBJECT.prefix())]
+        known = {each.key for each in objects if each is not None} | {"entrepot"}
+        files = {path for path in (self._place / "bucket").rglob("*") if path.is_file()}
+        wrong += [
+            f"left: {each}"
+            for path in files
+            if (each := str(path.relative_to(self._place / "bucket"))) not in known
+        ]
+        for server in self._servers:
+            root = server.store.files.root
+            wrong += [f"left: {path}" for name in ("partial", "locks") for path in (root / name).iterdir()]
+            if plain(totals(server.store)) != plain(counts(server.store)):
+                wrong.append("the totals are wrong")
+        self._records.close()
+
+
+async def sample(kind: str, seed: int, rounds: int) -> Run:
+    with tempfile.TemporaryDirectory(prefix="entrepot-bench-") as place:
+        run = Run(kind, Path(place), Random(seed))
+        for _ in range(rounds):
+            await run.round()
+        await run.end()
+    return run
+
+
+@click.command()
+@click.option("--rounds", default=150, show_default=True, help="Of each seed.")
+@click.option("--seeds", default=10, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="The first one.")
+@click.option("--only", help="Part of the name of a kind.")
+def main(rounds: int, seeds: int, seed: int, only: str | None) -> None:
+    """Write at random and compare; prints a table."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))  # failures are what is meant
+    print(f"- command: `{shlex.join(['python', '-m', 'tests.bench.writes', *sys.argv[1:]])}`")
+    print(f"- {datetime.now(UTC):%Y-%m-%d}; {os.cpu_count()} cores, Python {platform.python_version()}\n")
+    print(
+        "| content | operations | failures | collected blobs | wrong or left | CPU s |\n"
+        "|---|--:|--:|--:|--:|--:|"
+    )
+    wrong = 0
+    for kind in ("files", "bucket", "two servers"):
+        if only is not None and only not in kind:
+            continue
+        begun, runs = time.process_time(), []
+        for number in range(seed, seed + seeds):
+            runs.append(asyncio.run(sample(kind, number, rounds)))
+            for each in runs[-1].expected.wrong:
+                print(f"  seed {number}: {each}", file=sys.stderr)
+        collected = sum(each.done.pop("collected blobs") for each in runs)
+        failures, found = (
+            sum(each.failures.number for each in runs),
+            sum(len(each.expected.wrong) for each in runs),
+        )
+        operations, seconds = sum(each.done.total() for each in runs), time.process_time() - begun
+        print(
+            f"| {kind} | {operations:,} | {failures:,} | {collected:,} | {found} | {seconds:.0f} |",
+            flush=True,
+        )
+        wrong += found
+    if wrong:
+        raise BenchError(f"{wrong} times something was lost, wrong or left")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m tests.bench.writes")

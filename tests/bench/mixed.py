@@ -2,6 +2,7 @@
 
 Whole blobs, ranges, suffixes, heads, and connections that are closed in the middle; new blobs, those that
 others pull just now, and those that may have been evicted.  Most requests of a run meet others in flight.
+In some variants the upstream is disturbed (disturbance.py), yet every pull can succeed.
 Progress goes to standard error, the table to standard output.
 """
 
@@ -15,9 +16,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from time import perf_counter
 import click
 
 from tests.bench.clients import BenchError
-from tests.bench.peers import Entrepot
+from tests.bench.peers import Entrepot, Process, free_port
 from tests.bench.upstream import MIB, Content, Upstream
 
 SIZES = (100, 5000, 70_000, 200_000, MIB, MIB + 5, 2_000_000, 3 * MIB, 9_000_001)  # bytes of blobs
@@ -35,6 +36,8 @@ KNOWN = 400  # blobs that clients choose from
 RECENT = 6  # of them are likely to be on their way
 SLOW = 2.5  # seconds
 PATIENCE = 120  # seconds
+DISTURBED = 0.2  # of the requests to an upstream that is
+STANDING = "2s"  # after which a transfer from it is taken to be stalled
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,23 @@ class Variant:
     tls: bool = False
     namespace: Mapping[str, object] = field(default_factory=dict)
     disk: Mapping[str, object] = field(default_factory=dict)
+    disturbed: bool = False
 
-    def start(self, directory: Path, upstream: Upstream) -> Entrepot:
+    @contextmanager
+    def start(self, place: Path, upstream: Upstream, seed: int) -> Iterator[Entrepot]:
         host = f"https://localhost:{upstream.tls_port}" if self.tls else f"http://127.0.0.1:{upstream.port}"
-        kind = type("Entrepot", (Entrepot,), {"namespace": self.namespace, "disk": self.disk})
-        return kind(directory, host)
+        namespace = dict(self.namespace)
+        with ExitStack() as stack:
+            if self.disturbed:
+                port, script = free_port(), str(Path(__file__).with_name("disturbance.py"))
+                words = [sys.executable, script, *map(str, (port, upstream.port, DISTURBED, seed))]
+                stack.callback(Process("disturbance", words, place).stop)
+                host = f"http://127.0.0.1:{port}"
+                namespace["upstream"] = {"url": host, "progress_timeout": STANDING}
+            kind = type("Entrepot", (Entrepot,), {"namespace": namespace, "disk": self.disk})
+            peer = kind(place / "entrepot", host)
+            stack.callback(peer.stop)
+            yield peer
 
 
 LAZY, LITTLE = {"lazy": True}, {"cache_limit": "60MiB"}  # what clients pull does not fit
@@ -60,6 +75,9 @@ VARIANTS = [
     Variant("lazy", namespace=LAZY),
     Variant("lazy, little room", namespace=LAZY, disk=LITTLE),
     Variant("lazy, TLS, little room", tls=True, namespace=LAZY, disk=LITTLE),
+    Variant("disturbed", disturbed=True),
+    Variant("disturbed, little room", disturbed=True, disk=LITTLE),
+    Variant("disturbed, lazy, little room", disturbed=True, namespace=LAZY, disk=LITTLE),
 ]
 
 
@@ -141,15 +159,14 @@ class Client:
 
 def run(variant: Variant, place: Path, seconds: float, clients: int, seed: int) -> list[Client]:
     (place / "upstream").mkdir()
-    with closing(Upstream(place / "upstream")) as upstream:
-        peer = variant.start(place / "entrepot", upstream)
-        try:
-            blobs = Blobs(upstream)
-            made = [Client(peer.port, blobs, seed + number) for number in range(clients)]
-            with ThreadPoolExecutor(clients) as pool:
-                list(pool.map(lambda each: each.run(perf_counter() + seconds), made))
-        finally:
-            peer.stop()
+    with (
+        closing(Upstream(place / "upstream")) as upstream,
+        variant.start(place, upstream, seed) as peer,
+        ThreadPoolExecutor(clients) as pool,
+    ):
+        blobs = Blobs(upstream)
+        made = [Client(peer.port, blobs, seed + number) for number in range(clients)]
+        list(pool.map(lambda each: each.run(perf_counter() + seconds), made))
     return made
 
 

@@ -51,8 +51,10 @@ class StoreUpload(Upload):
         return self._upload.offset
 
     async def commit(self, digest: Digest) -> Descriptor:
-        await self._upload.commit(digest)
-        return await self._store.link(self._repository, digest)
+        # Not by link(), which opens the blob: a collection may have its file aside until the transaction.
+        blob = await self._upload.commit(digest)
+        await self._store.run(self._store._link, self._repository, blob)
+        return blob
 
 
 class Store(Registry):

@@ -13,6 +13,7 @@ from storage.disk import blobs
 from storage.disk.records import SQLiteRecords
 from storage.maintenance import collection as module
 from storage.maintenance.retention import RetentionRules
+from storage.oci import OCTETS, Descriptor, Digest
 from storage.records import Batch
 from tests.collecting import APP, BOTH, DAY, GONE, Interruption, Place, counts, descriptor, place, push_now
 
@@ -149,6 +150,48 @@ async def test_a_commit_over_an_unlinked_file_keeps_it(place: Place, monkeypatch
     assert place.held(digest) == [True]
     await upload.commit(digest)
     await (await place.store.get_blob(APP, digest)).close()
+
+
+async def test_a_file_that_is_linked_just_before_its_removal_is_not_moved(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = await place.blob(b"left behind")
+    await place.store.delete_blob(APP, digest)
+    place.clock.advance(GONE)
+    interruption = Interruption(
+        monkeypatch, 1, lambda: place.store._link(APP, Descriptor(OCTETS, digest, len(b"left behind")))
+    )
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise AssertionError(f"{path} is moved to {target}: a client may just open it")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert counts(place.collect()) == (0, 0, 0, 0)
+    assert interruption.number < 0
+    assert place.held(digest) == [True]
+
+
+async def test_a_commit_succeeds_while_its_file_is_aside(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """See BlobFiles.remove_old()."""
+    digest, aside = Digest.of(b"content"), place.files.root / "aside"
+    path, publish, transaction = place.files.path(digest), place.files.publish, SQLiteRecords.transaction
+    assert path is not None
+
+    async def publish_and_move(*arguments: Any) -> None:
+        await publish(*arguments)
+        path.rename(aside)
+
+    def moved_back_before(records: SQLiteRecords, *arguments: Any, **keys: Any) -> Any:
+        if aside.exists():
+            aside.rename(path)
+        return transaction(records, *arguments, **keys)
+
+    monkeypatch.setattr(place.files, "publish", publish_and_move)
+    monkeypatch.setattr(SQLiteRecords, "transaction", moved_back_before)
+    assert await place.blob(b"content") == digest
+    assert place.links() == {digest}
 
 
 @pytest.mark.parametrize("takes", [0.0, 3 * DAY])

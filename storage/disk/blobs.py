@@ -171,6 +171,8 @@ class BlobFiles(UploadFiles):
         """
         path, aside = self.path(digest), self._partial / f"{_ASIDE}{digest.algorithm}-{digest.encoded}"
         with self.guard(path), suppress(FileNotFoundError):
+            if not old(path.lstat().st_mtime):
+                return None
             path.rename(aside)
             status = aside.lstat()
             if old(status.st_mtime):

@@ -139,6 +139,18 @@ async def test_post_then_put(client: Client) -> None:
     assert (await client.ask("GET", answer.location)).body == CONTENT
 
 
+async def test_a_client_may_append_the_digest_as_to_a_location_with_a_query(client: Client) -> None:
+    session = (await client.ask("POST", UPLOADS)).location
+    wrong = await client.ask("PUT", f"{session}&digest=sha256:1", CONTENT)
+    assert (wrong.status, wrong.code) == (400, "DIGEST_INVALID")
+    other = await client.ask("PUT", f"{session}&digest={Digest.of(b'other')}", CONTENT)
+    assert (other.status, other.code) == (400, "DIGEST_INVALID")
+    session = (await client.ask("POST", UPLOADS)).location
+    answer = await client.ask("PUT", f"{session}&digest={DIGEST}", CONTENT)
+    assert (answer.status, answer.headers["Docker-Content-Digest"]) == (201, DIGEST)
+    assert (await client.ask("GET", answer.location)).body == CONTENT
+
+
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 async def test_single_post(client: Client, algorithm: str) -> None:
     digest = await client.blob(CONTENT, algorithm=algorithm)

@@ -47,6 +47,7 @@ HUB = "docker.io"
         ("/v2/a/blobs/uploads", Route(Endpoint.UPLOADS, "a")),
         ("/v2/a/blobs/uploads/", Route(Endpoint.UPLOADS, "a")),
         ("/v2/a/blobs/uploads/0f-9_Z.=~", Route(Endpoint.UPLOAD, "a", upload="0f-9_Z.=~")),
+        (f"/v2/a/blobs/uploads/1&digest={DIGEST}", Route(Endpoint.UPLOAD, "a", DIGEST, upload="1")),
         # the namespace in front, before /v2, or both
         ("/v2/docker.io/a/manifests/latest", Route(Endpoint.MANIFEST, "docker.io/a", LATEST)),
         ("/docker.io/v2/a/manifests/latest", Route(Endpoint.MANIFEST, "a", LATEST, HUB)),
@@ -117,6 +118,9 @@ def test_reference_carries_its_mutability(path: str) -> None:
         ("/v2/a/blobs/uploads/..", PathUnknown),
         ("/v2/a/blobs/uploads/%00", PathUnknown),
         ("/v2/a/blobs/uploads/a%20b", PathUnknown),
+        (f"/v2/a/blobs/uploads/&digest={DIGEST}", PathUnknown),
+        ("/v2/a/blobs/uploads/1&n=1", PathUnknown),
+        ("/v2/a/blobs/uploads/1&digest=", DigestInvalid),
         ("/two/components/v2/", PathUnknown),
         ("/../v2/", PathUnknown),
         ("/edge/v2/docker.io/", PathUnknown),
@@ -237,7 +241,7 @@ pieces = st.sampled_from(
     ]
 )
 keywords = st.sampled_from(
-    ["manifests", "blobs", "uploads", "/blobs/uploads/", "tags/list", "referrers", DIGEST]
+    ["manifests", "blobs", "uploads", "/blobs/uploads/", "&digest=", "tags/list", "referrers", DIGEST]
 )
 paths = st.one_of(
     st.text(),

@@ -183,7 +183,7 @@ class Push:
         """PUT: append the last chunk, if there is one, and commit the blob under its digest."""
         upload = await self._registry.resume_upload(name, route.upload)
         try:
-            digest = Digest.parse(request.query.get("digest", ""))
+            digest = Digest.parse(request.query.get("digest", str(route.reference or "")))
             # No range describes an empty body: CUE's client writes one that ends before it starts.
             if request.content_length != 0:
                 self._check_range(request, route, upload, exchange)

@@ -5,6 +5,7 @@
     /v2/<name>/manifests/<reference>         MANIFEST    end-3, end-7, end-9
     /v2/<name>/blobs/uploads/                UPLOADS     end-4, end-11
     /v2/<name>/blobs/uploads/<upload>        UPLOAD      end-5, end-6, end-13, end-14
+    /v2/<name>/blobs/uploads/<upload>&digest=<digest>    UPLOAD, as clients of Distribution may write end-6
     /v2/<name>/tags/list                     TAGS        end-8
     /v2/<name>/referrers/<digest>            REFERRERS   end-12
     /v2/_catalog                             CATALOG     Docker's, not in the specification
@@ -66,7 +67,8 @@ class Route:
     """A parsed path.
 
     name: as the client wrote it, with or without a namespace
-    reference: a Digest for BLOB and REFERRERS, a Digest or a Tag for MANIFEST, otherwise None
+    reference: a Digest for BLOB and REFERRERS, a Digest or a Tag for MANIFEST, a Digest or None for UPLOAD,
+        otherwise None
     upload: the id of the session of an UPLOAD
     as_of: the date, as the client wrote it, of which tags are wanted
     """
@@ -155,7 +157,8 @@ def _build(route: Route) -> str:
         case Endpoint.TAGS:
             return f"{start}{route.name}/tags/list"
         case _:  # UPLOADS, UPLOAD
-            return f"{start}{route.name}/blobs/uploads/{route.upload}"
+            appended = f"&digest={route.reference}" if route.reference else ""
+            return f"{start}{route.name}/blobs/uploads/{route.upload}{appended}"
 
 
 def build_location(route: Route, ns: str | None) -> str:
@@ -222,9 +225,11 @@ def _upload(path: str, name: str, prefix: str, upload: str) -> Route:
     name = _name(name)
     if not upload:
         return Route(Endpoint.UPLOADS, name, None, prefix)
+    # Small clients know Distribution's Location, which has a query, and append "&digest=" to any.
+    upload, appended, digest = upload.partition("&digest=")
     if not _UPLOAD.fullmatch(upload):
         raise _unknown(path)
-    return Route(Endpoint.UPLOAD, name, None, prefix, upload)
+    return Route(Endpoint.UPLOAD, name, Digest.parse(digest) if appended else None, prefix, upload)
 
 
 def _without_name(path: str, prefix: str) -> Route:

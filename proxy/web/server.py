@@ -246,7 +246,7 @@ class DistributionAPI:
         """The full name of the repository, if the client may do there what it wants."""
         if exchange.peer and self._peers is not None:
             return self._peers.name(request, route, exchange)
-        exchange.reference = str(route.reference or route.upload)
+        exchange.reference = route.upload or str(route.reference or "")
         name = self._directed_name(request, route)
         exchange.namespace, _, exchange.repository = name.partition("/")
         exchange.ns = request.query.get("ns")

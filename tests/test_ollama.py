@@ -269,6 +269,7 @@ async def test_an_upload_has_an_address_as_the_client_reaches_us(
     serve: Serve, upstream: Upstream, headers: dict[str, str], start: str | None
 ) -> None:
     site = await serve(upstream, more={"models": {"store": {}}})
+    headers = {"User-Agent": "ollama/0.33.0", **headers}
     async with site.request("POST", "/v2/models/tiny/blobs/uploads/", headers=headers) as response:
         where, relative = response.headers["Docker-Upload-Location"], response.headers["Location"]
     assert where.startswith(start or f"{site.url}/v2/")

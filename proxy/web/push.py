@@ -51,8 +51,9 @@ from storage.oci import (
 from storage.registry import Registry, Upload
 
 _CONTENT_RANGE = re.compile(r"(?:bytes )?([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]+|\*))?")
-# The User-Agent of programs that give no name of their own; npm's request sends none.
-_NAMELESS = ("Go-http-client/", "python-requests/")
+# The User-Agent of programs that give no name of their own; npm's request sends none, aiohttp Python/.
+_NAMELESS = ("Go-http-client/", "python-requests/", "Python/", "curl/")
+_UNRESOLVING = (*_NAMELESS, "docker-registry-client-async/")
 
 Write = Callable[[bytes], Awaitable[None]]
 # Returns the full name of a repository, as the client of a request names it.
@@ -372,8 +373,8 @@ def _resolves(exchange: Exchange, url: str) -> bool:
     Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.
     Where the scheme of `url` is not https, a proxy that does not say so may be in front.
     """
-    nameless = not exchange.agent or exchange.agent.startswith(_NAMELESS)
-    return not (nameless and url.startswith("https:"))
+    unresolving = not exchange.agent or exchange.agent.startswith(_UNRESOLVING)
+    return not (unresolving and url.startswith("https:"))
 
 
 async def _continue(request: web.BaseRequest) -> None:

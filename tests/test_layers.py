@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # Modules and packages of storage, from the ground up.  Those of one line do not know each other.
 STORAGE = (
-    "errors concurrency names shared exports",
+    "errors concurrency names shared exports tls",
     "oci limits",
     "registry keys values records",
     "disk",

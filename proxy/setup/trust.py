@@ -16,6 +16,7 @@ from proxy.config.schema import TLS
 from proxy.connections.failures import explain
 from proxy.connections.trust import shared_context
 from proxy.setup.site import Setup, Site
+from storage.tls import secure
 
 OPTION = "--ca-file"
 
@@ -43,7 +44,7 @@ def trust_warnings(setup: Setup, site: Site, tls: TLS | None, authority: Path | 
 
 def _refusal(tls: TLS, url: URL, authority: Path | None) -> OSError | None:
     """The error of a handshake, or of reading the files, which may be on another machine."""
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server = secure(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     sent, received = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
         # With a password, Python asks nobody for one.

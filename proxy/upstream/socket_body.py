@@ -20,6 +20,7 @@ from typing import Any, cast
 import aiohttp
 
 from proxy.config.quantities import parse_number
+from proxy.connections.transports import abort
 from proxy.connections.trust import ClientSSLObject
 
 LEAST = 1 << 20  # bytes, by default; for fewer it is not worth it
@@ -206,7 +207,7 @@ class SocketBody:
         """Release the connection if the body has come to its end, else close it."""
         self._bodies.open.discard(self)
         if self._rest or self._error is not None or self._has_more():
-            self._transport.abort()  # close() would wait for an answer to the end of TLS, which nobody reads
+            abort(self._transport)  # close() would wait for an answer to the end of TLS, which nobody reads
             self._response.close()
         else:
             if self._tls is not None:

@@ -21,6 +21,7 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 
+from proxy.connections.transports import abort
 from proxy.web.backlog import Backlog, ClientProgress
 from proxy.web.hits import Hits
 from proxy.web.responses import error_response
@@ -159,7 +160,7 @@ class Connection(web.RequestHandler):
         if transport is not None and self._encrypted:
             if not transport.is_closing():  # after a second close(), abort() does nothing
                 transport.close()
-            transport.abort()
+            abort(transport)
         self.force_close()
 
     def stuck(self, now: float, patience: float) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
+from proxy.connections.transports import abort
 from proxy.telemetry.exchange import Exchange
 from proxy.web.backlog import corked
 from proxy.web.backlog import taken as _taken
@@ -395,4 +396,4 @@ def reset(transport: Any, connection: Any) -> None:
     if connection is None or connection.fileno() < 0:  # already closed
         return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
+    abort(transport)

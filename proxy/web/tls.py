@@ -25,6 +25,7 @@ from proxy.config.schema import TLS
 from proxy.connections.failures import explain_client, file_fault
 from proxy.connections.trust import ClientSSLObject, refused
 from proxy.web import kernel_tls
+from storage.tls import secure
 
 log = structlog.get_logger()
 
@@ -109,7 +110,7 @@ class Certificates:
     def _load(self) -> tuple[ssl.SSLContext, float]:
         """Make a context; return it and the time at which its certificate expires."""
         settings = self._settings
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context = secure(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
         context.minimum_version = _VERSIONS[settings.minimum]
         context.options |= ssl.OP_NO_RENEGOTIATION
         if settings.kernel and kernel_tls.is_offered():
@@ -179,7 +180,7 @@ def pinned(certificate: Path) -> ssl.SSLContext:
 
     Raises StartError.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = secure(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     # The certificate rarely contains the address by which a local client reaches the server.
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

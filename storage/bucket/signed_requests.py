@@ -28,6 +28,7 @@ from urllib.request import getproxies_environment
 import obstore
 
 from storage.bucket.settings import BucketSettings, ObjectStore
+from storage.tls import secure
 
 NOTHING = hashlib.sha256().hexdigest()
 CONNECTED, ANSWERED = 5.0, 60.0  # seconds for a connection, and without a byte
@@ -168,7 +169,7 @@ class SignedRequests:
     def _connect(self, url: SplitResult) -> HTTPConnection:
         if url.scheme == "http":
             return HTTPConnection(url.netloc, timeout=CONNECTED)
-        context = ssl.create_default_context()
+        context = secure(ssl.create_default_context())
         if self._settings.ca is not None:
             context.load_verify_locations(self._settings.ca)
         return HTTPSConnection(url.netloc, timeout=CONNECTED, context=context)

@@ -122,7 +122,7 @@ async def test_an_origin_with_the_api_is_not_said_to_have_none(
     upstream.referrers_api = True  # a newer version of the registry
     clock.advance(FRESH + 1)
     assert await listed(site, image) == []
-    upstream.next("GET", "referrers", Status(500))
+    upstream.next("GET", "referrers", Status(500), times=1 + RETRIES)
     assert (await pull(site, referrers_of(other)))[0] == 502
 
 
@@ -216,11 +216,11 @@ async def test_the_last_404_of_a_signature_is_kept(
     site = await serve(registry)
     path = manifest_of(tag_of(image, suffix))
     await pull(site, TAG)
-    registry.next("GET", tag_of(image, suffix), Status(500))
+    registry.next("GET", tag_of(image, suffix), Status(500), times=1 + RETRIES)
     assert (await pull(site, path))[0] == 502  # nothing is known yet
     assert (await pull(site, path))[0] == 404
     clock.advance(FRESH + 1)
-    registry.next("GET", tag_of(image, suffix), Status(500))
+    registry.next("GET", tag_of(image, suffix), Status(500), times=1 + RETRIES)
     status, body, came = await pull(site, path)
     assert (status, code_of(body), came) == (404, "MANIFEST_UNKNOWN", "entrepot; hit; detail=negative")
 

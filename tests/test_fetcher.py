@@ -36,7 +36,18 @@ from storage.registry import Blob, Registry
 from storage.store import Store
 from tests.conftest import Clock, Serve, Site
 from tests.test_fills import blobs, content_of, heard, path_of
-from tests.upstream import Corrupt, Fault, Hold, Request, Reset, Status, Truncate, Upstream, WrongLength
+from tests.upstream import (
+    Corrupt,
+    Fault,
+    Hold,
+    Request,
+    Reset,
+    RetryAfter,
+    Status,
+    Truncate,
+    Upstream,
+    WrongLength,
+)
 from tests.upstream.messages import Answer
 
 SIZE = 1_600_000
@@ -239,7 +250,7 @@ async def test_a_wrong_range_spoils_all(serve: Serve, upstream: Upstream, impati
     assert (await site.get(path_of(digest)))[2] == BODY
 
 
-@pytest.mark.parametrize("fault", [Status(403), Status(404), Status(500), WrongLength(5)], ids=str)
+@pytest.mark.parametrize("fault", [Status(403), Status(404), RetryAfter(0, 500), WrongLength(5)], ids=str)
 async def test_a_range_that_fails_is_brought_by_the_fill(
     serve: Serve, upstream: Upstream, impatient: None, fault: Any
 ) -> None:
@@ -675,15 +686,15 @@ async def test_an_upstream_that_is_down_for_seconds_is_asked_for_the_rest(
 async def test_what_fails_for_ranges_and_for_all_of_it(rig: Rig, upstream: Upstream) -> None:
     digest = Digest(upstream.blob("a/b", BODY))
     await leave_holes(rig, digest, upstream, *HOLES)
-    upstream.next("GET", digest, Status(500), times=100)
+    upstream.next("GET", digest, RetryAfter(0, 500), times=100)
     with pytest.raises(OriginFailed, match="up answered 500 for a/b"):
         await rig.read(digest, 0, SIZE)
     with suppress(RegistryError):
         await rig.fills.ended(digest)
     assert asked(upstream).count((0, 0)) == fetcher.RETRIES + 1 - fetcher.WHOLE
     upstream.clear()
-    upstream.next("GET", digest, Status(500), times=100)
-    upstream.next("HEAD", digest, Status(500), times=100)
+    upstream.next("GET", digest, RetryAfter(0, 500), times=100)
+    upstream.next("HEAD", digest, RetryAfter(0, 500), times=100)
     with pytest.raises(OriginFailed, match="up answered 500 for a/b"):
         await rig.read(digest, 0, SIZE)
     assert (0, 0) not in asked(upstream)  # who waits for headers may go elsewhere

@@ -30,7 +30,18 @@ from storage.oci import Digest
 from storage.registry import Blob
 from storage.store import Store
 from tests.conftest import Clock, Serve, Site
-from tests.upstream import Corrupt, Fault, Hold, Reset, Status, Truncate, Upstream, WrongLength, digest_of
+from tests.upstream import (
+    Corrupt,
+    Fault,
+    Hold,
+    Reset,
+    RetryAfter,
+    Status,
+    Truncate,
+    Upstream,
+    WrongLength,
+    digest_of,
+)
 
 MANY = 50
 
@@ -343,7 +354,7 @@ async def test_a_digest_is_no_permission(serve: Serve, upstream: Upstream, held:
         await response.read()
 
 
-@pytest.mark.parametrize("refused", [Status(404), Status(403), Status(500)], ids=str)
+@pytest.mark.parametrize("refused", [Status(404), Status(403), RetryAfter(1, 500)], ids=str)
 async def test_what_another_repository_is_refused_says_nothing_of_ours(
     serve: Serve, upstream: Upstream, refused: Fault
 ) -> None:
@@ -703,7 +714,7 @@ async def test_who_is_refused_is_told_and_nothing_is_left(
     rig: Rig, upstream: Upstream, refused: int, events: LogCapture
 ) -> None:
     digest = Digest(upstream.blob("a/b", BODY))
-    upstream.next("GET", digest, Status(refused))
+    upstream.next("GET", digest, RetryAfter(1, refused))
     expected = {404: "BlobUnknown", 403: "OriginDenied", 429: "TooManyRequests", 500: "OriginFailed"}
     found = await asyncio.gather(
         *(rig.fills.join(rig.source, digest) for _ in range(3)), return_exceptions=True

@@ -23,6 +23,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.request_counts import RequestCounts
 from proxy.upstream.errors import result_of
+from proxy.upstream.transport import RETRIES
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
 from storage.maintenance.collection import CollectionReport
@@ -33,7 +34,7 @@ from tests.conftest import Clock, Serve, Site
 from tests.processes import Place, place
 from tests.prometheus import Samples, promtool, samples
 from tests.relay import Relay
-from tests.upstream import Hold, Status, Upstream, digest_of
+from tests.upstream import Hold, RetryAfter, Status, Upstream, digest_of
 from tests.wire import connect
 
 __all__ = ["place"]  # a fixture
@@ -235,7 +236,7 @@ async def test_what_the_cache_saves(serve: Serve, upstream: Upstream, clock: Clo
     await site.get(f"{ALPINE}/manifests/3")  # revalidated by a request without a body
     assert await saved() == (2 * len(image.content), 2)
     clock.advance(601)
-    upstream.next("HEAD", "3", Status(500))
+    upstream.next("HEAD", "3", Status(500), times=1 + RETRIES)
     await site.get(f"{ALPINE}/manifests/3")  # stale, after a request
     assert await saved() == (3 * len(image.content), 2)
 
@@ -281,7 +282,7 @@ async def test_requests_to_an_upstream_are_counted_by_host_and_result(
     upstream.image("library/alpine", "3", [LAYER])
     site = await serve(upstream)
     for status, tag in ((404, "a"), (500, "b"), (429, "c"), (400, "d"), (403, "e")):
-        upstream.next("GET", tag, Status(status))
+        upstream.next("GET", tag, RetryAfter(1, status))
         await site.get(f"{ALPINE}/manifests/{tag}")
         site.clock.advance(86400)
     await site.get(f"{ALPINE}/manifests/3")

@@ -63,7 +63,7 @@ async def test_stale_where_only_the_new_manifest_cannot_be_had(
     site, old = await warm(serve, upstream)
     new = upstream.image("a/b", "latest", [b"new"])
     clock.advance(FRESH + 1)
-    upstream.next("GET", new.digest, Status(500))
+    upstream.next("GET", new.digest, Status(500), times=1 + RETRIES)
     assert (await pull(site))[:2] == (200, old.content)
     clock.advance(11)
     assert (await pull(site))[:2] == (200, new.content)
@@ -71,7 +71,7 @@ async def test_stale_where_only_the_new_manifest_cannot_be_had(
 
 @pytest.mark.parametrize(
     ("fault", "seconds"),
-    [(Status(500), 10), (RetryAfter(60), 60), (RetryAfter(30, 503), 30), (RetryAfter(3), 10)],
+    [(RetryAfter(5, 500), 10), (RetryAfter(60), 60), (RetryAfter(30, 503), 30), (RetryAfter(3), 10)],
     ids=str,
 )
 async def test_an_origin_that_failed_is_let_alone_for_a_while(
@@ -281,7 +281,9 @@ async def test_a_limit_holds_as_long_as_the_origin_says(
     assert (await site.get(path))[0] == 200
 
 
-@pytest.mark.parametrize(("fault", "times"), [(Status(500), 2), (Refuse(), 2 * (1 + RETRIES))], ids=str)
+@pytest.mark.parametrize(
+    ("fault", "times"), [(RetryAfter(5, 500), 2), (Refuse(), 2 * (1 + RETRIES))], ids=str
+)
 async def test_what_could_not_be_asked_is_not_remembered_as_unknown(
     serve: Serve, upstream: Upstream, fault: Fault, times: int
 ) -> None:

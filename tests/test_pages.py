@@ -11,7 +11,7 @@ import pytest
 
 from proxy.upstream import listing_memory, pages
 from proxy.upstream.pages import next_target
-from proxy.upstream.transport import HEADER_LIMIT
+from proxy.upstream.transport import HEADER_LIMIT, RETRIES
 from storage.errors import ManifestUnknown, OriginFailed, OriginTimeout
 from storage.oci import Digest
 from tests.conftest import Serve
@@ -120,7 +120,7 @@ async def test_a_malformed_link_to_something_else_is_ignored(ask: Ask, upstream:
 async def test_no_list_ends_with_a_page_that_fails(ask: Ask, upstream: Upstream, fault: Fault) -> None:
     upstream.image("a/b", "x")
     upstream.next("GET", is_("/v2/a/b/tags/list"), Page(["one"], f"<{NEXT}>; rel=next"))
-    upstream.next("GET", is_(NEXT), fault)
+    upstream.next("GET", is_(NEXT), fault, times=1 + RETRIES)
     with pytest.raises(OriginFailed):
         await ask(upstream.url).tags("a/b")
 

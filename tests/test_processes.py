@@ -32,6 +32,7 @@ from proxy.upstream.breaker import FAILURES
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
 from proxy.upstream.failover import Failover
+from proxy.upstream.transport import RETRIES
 from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth
 from storage.disk.records import SQLiteRecords
@@ -556,7 +557,7 @@ async def test_a_tag_that_could_not_be_asked_for_is_asked_for_again_once_that_is
     process = start()
     await process.cache.get_manifest("a/b", Tag("latest"))
     clock.advance(601)
-    upstream.next("HEAD", lambda request: True, Status(500))
+    upstream.next("HEAD", lambda request: True, Status(500), times=1 + RETRIES)
     await process.cache.get_manifest("a/b", Tag("latest"))  # stale
     moved = upstream.image("a/b", "latest", [b"moved"])
     upstream.clear()

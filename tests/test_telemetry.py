@@ -17,6 +17,7 @@ from structlog.testing import LogCapture
 
 from proxy.telemetry import logs
 from proxy.telemetry.exchange import Exchange, current, current_exchange
+from proxy.upstream.transport import RETRIES
 from tests.conftest import Clock, Serve, Site
 from tests.events import Ear
 from tests.upstream import Basic, Bearer, Hold, Image, Status, Upstream, digest_of
@@ -74,7 +75,7 @@ async def test_one_line_a_request(serve: Serve, upstream: Upstream, image: Image
     clock.advance(601)
     assert await line("GET", f"{ALPINE}/manifests/latest") == ("manifest", by_tag, "revalidated", "", 1, size)
     clock.advance(601)
-    upstream.next("HEAD", "latest", Status(500))
+    upstream.next("HEAD", "latest", Status(500), times=1 + RETRIES)
     stale = ("manifest", by_tag, "stale", "UNAVAILABLE", 1, size)
     assert await line("GET", f"{ALPINE}/manifests/latest") == stale
     assert await line("GET", f"{ALPINE}/blobs/{layer}") == ("blob", (*hub, layer), "miss", "", 1, len(BODY))

@@ -43,6 +43,7 @@ from tests.upstream import (
     Gzip,
     NoDigest,
     Reset,
+    RetryAfter,
     Status,
     Truncate,
     Upstream,
@@ -451,7 +452,7 @@ async def test_what_counts_as_no_referrers_api(ask: Ask, upstream: Upstream, fau
 )
 async def test_what_does_not(ask: Ask, upstream: Upstream, status: int, error: type[RegistryError]) -> None:
     image = upstream.image("a/b")
-    upstream.next("GET", "referrers", Status(status))
+    upstream.next("GET", "referrers", RetryAfter(1, status))
     with pytest.raises(error):
         await ask(upstream.url).referrers("a/b", Digest(image.digest))
 

@@ -48,7 +48,7 @@ async def reach(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         await each.close()
 
 
-@pytest.mark.parametrize("fault", [Refuse(), Reset(None), Status(502), Status(503), Status(504)], ids=str)
+@pytest.mark.parametrize("fault", [Refuse(), Reset(None), *map(Status, (500, 502, 503, 504))], ids=str)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_a_safe_request_is_tried_twice_more(
     reach: Reach, upstream: Upstream, method: str, fault: Fault
@@ -78,7 +78,7 @@ async def test_and_no_more(reach: Reach, upstream: Upstream, fault: Fault) -> No
     [
         ("POST", Status(503)),
         ("GET", RetryAfter(7, 503)),
-        ("GET", Status(500)),
+        ("GET", RetryAfter(7, 500)),
         ("GET", Status(429)),
         ("GET", Status(404)),
     ],

@@ -49,7 +49,8 @@ READING = ("GET", "HEAD")
 HOSTS = 100  # hosts whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
 _CONTENT = frozenset((200, 206, 416))  # of answers to a request for content, or for a part of it
-_DOWN = frozenset((502, 503, 504))  # a 500 concerns one request only
+_DOWN = frozenset((502, 503, 504))
+_PASSING = _DOWN | {500}  # which concerns one request only: S3 wants it to be sent again
 RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
 
 
@@ -226,7 +227,7 @@ class Transport:
         for attempt in range(retries + 1):
             try:
                 response = await self._once(method, url, headers, body, timeout, attempt)
-                if attempt == retries or response.status not in _DOWN or "Retry-After" in response.headers:
+                if attempt == retries or response.status not in _PASSING or "Retry-After" in response.headers:
                     return response, b"" if limit is None else await self._body(response, limit)
                 response.release()
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:

@@ -19,6 +19,7 @@ import trustme
 import yaml
 
 from proxy.telemetry.metrics import Metrics
+from proxy.upstream.transport import RETRIES
 from storage.concurrency import Cancelled
 from storage.oci import OCI_MANIFEST, Digest
 from tests import fleet
@@ -193,7 +194,7 @@ async def _ill(stack: AsyncExitStack, directory: Path, upstream: Upstream) -> fl
 async def errors_of_an_upstream(world: World) -> None:
     for tags in ("a", "bcd"):
         for tag in tags:
-            world.strange.next("GET", tag, Status(500))
+            world.strange.next("GET", tag, Status(500), times=1 + RETRIES)
             assert await world.pull("strange.example", tag) >= 500
         await world.scrape()
 

@@ -6,7 +6,7 @@ once, after its digest was verified.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -15,7 +15,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.health import DiskHealth
 from storage.disk.sparse import SparseUpload
 from storage.disk.tree import StoredBlob
-from storage.oci import Digest
+from storage.oci import Descriptor, Digest
 from storage.records import Batch
 from storage.registry import Blob, Upload
 
@@ -101,3 +101,22 @@ def files_of(content: BlobContent) -> BlobFiles:
     if not isinstance(content, BlobFiles):
         raise TypeError(f"the blobs of {content.root} are not files")
     return content
+
+
+class LinkedUpload(Upload):
+    """An upload whose blob is linked in a repository, by `link`, when it is committed."""
+
+    def __init__(self, upload: Upload, link: Callable[[Descriptor], Awaitable[None]]) -> None:
+        self._upload, self._link = upload, link
+        self.id = upload.id
+        self.write, self.cancel = upload.write, upload.cancel  # type: ignore[method-assign]
+        self.suspend = upload.suspend  # type: ignore[method-assign]
+
+    @property
+    def offset(self) -> int:  # type: ignore[override]
+        return self._upload.offset
+
+    async def commit(self, digest: Digest) -> Descriptor:
+        blob = await self._upload.commit(digest)
+        await self._link(blob)
+        return blob

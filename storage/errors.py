@@ -17,6 +17,7 @@
     ├── SizeInvalid                SIZE_INVALID               400
     ├── ArchiveInvalid             ARCHIVE_INVALID            422   damaged, or not an archive
     ├── Incomplete                 INCOMPLETE                 409   content to export is not stored
+    ├── PreconditionFailed         PRECONDITION_FAILED        412   If-Match or If-None-Match is false
     ├── RangeInvalid               RANGE_INVALID              416
     ├── PaginationNumberInvalid    PAGINATION_NUMBER_INVALID  400
     ├── Unsupported                UNSUPPORTED                405
@@ -161,6 +162,10 @@ class ArchiveInvalid(RegistryError):
 
 class Incomplete(RegistryError):
     code, status = "INCOMPLETE", 409
+
+
+class PreconditionFailed(RegistryError):
+    code, status = "PRECONDITION_FAILED", 412
 
 
 class RangeInvalid(RegistryError):

@@ -14,6 +14,7 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from storage.conditions import ALWAYS, Conditions
 from storage.errors import Unsupported
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 
@@ -299,20 +300,29 @@ class Registry:
         raise Unsupported("this registry does not accept pushes")
 
     async def push_manifest(
-        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+        self,
+        repository: str,
+        reference: Reference,
+        manifest: Manifest,
+        tags: Sequence[Tag] = (),
+        when: Conditions = ALWAYS,
     ) -> Descriptor:
         """Store a manifest and point `reference`, if it is a tag, and `tags` to it; all of it or nothing.
 
-        Raises ManifestInvalid, ManifestBlobUnknown, DigestInvalid.
+        Only `when` it may be, by what `reference` is at that moment.
+        Raises ManifestInvalid, ManifestBlobUnknown, DigestInvalid, PreconditionFailed.
         """
         raise Unsupported("this registry does not accept pushes")
 
-    async def delete_blob(self, repository: str, digest: Digest) -> None:
-        """Remove a blob from the repository.  Raises NameUnknown, BlobUnknown."""
+    async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
+        """Remove a blob from the repository.  Raises NameUnknown, BlobUnknown, PreconditionFailed."""
         raise Unsupported("this registry does not delete content")
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
-        """Delete a manifest, or only the tag if a tag is given.  Raises NameUnknown, ManifestUnknown."""
+    async def delete_manifest(self, repository: str, reference: Reference, when: Conditions = ALWAYS) -> None:
+        """Delete a manifest, or only the tag if a tag is given.
+
+        Raises NameUnknown, ManifestUnknown, PreconditionFailed.
+        """
         raise Unsupported("this registry does not delete content")
 
     async def close(self) -> None:

@@ -18,11 +18,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import islice, takewhile
 from typing import TypeAlias, TypeVar
 
 from storage.concurrency import run_in_thread
-from storage.content import BlobContent
+from storage.conditions import ALWAYS, Conditions
+from storage.content import BlobContent, LinkedUpload
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown, StorageFailed
 from storage.keys import BLOB, CHANGES, LINK, MANIFEST, REFERRER, TAG
 from storage.listings import OriginListings
@@ -35,26 +38,6 @@ from storage.values import BlobUse, Link, Pointer, StoredManifest, encode_referr
 T = TypeVar("T")
 THREADS = 8  # for remote records
 DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
-
-
-class StoreUpload(Upload):
-    """An upload that links its blob in a repository when it is committed."""
-
-    def __init__(self, store: Store, repository: str, upload: Upload) -> None:
-        self._store, self._repository, self._upload = store, repository, upload
-        self.id = upload.id
-        self.write, self.cancel = upload.write, upload.cancel  # type: ignore[method-assign]
-        self.suspend = upload.suspend  # type: ignore[method-assign]
-
-    @property
-    def offset(self) -> int:  # type: ignore[override]
-        return self._upload.offset
-
-    async def commit(self, digest: Digest) -> Descriptor:
-        # Not by link(), which opens the blob: a collection may have its file aside until the transaction.
-        blob = await self._upload.commit(digest)
-        await self._store.run(self._store._link, self._repository, blob)
-        return blob
 
 
 class Store(Registry):
@@ -221,10 +204,14 @@ class Store(Registry):
             except StorageFailed as error:
                 await upload.cancel(error)
                 raise
-        return StoreUpload(self, repository, upload)
+        return LinkedUpload(upload, partial(self._linked, repository))
 
     async def resume_upload(self, repository: str, id: str) -> Upload:
-        return StoreUpload(self, repository, await self.files.reopen(id, repository))
+        return LinkedUpload(await self.files.reopen(id, repository), partial(self._linked, repository))
+
+    async def _linked(self, repository: str, blob: Descriptor) -> None:
+        # Not by link(), which opens the blob: a collection may have its file aside until the transaction.
+        await self.run(self._link, repository, blob)
 
     async def mount_blob(
         self,
@@ -257,11 +244,13 @@ class Store(Registry):
         reference: Reference,
         manifest: Manifest,
         tags: Sequence[Tag] = (),
+        when: Conditions = ALWAYS,
         allowed: Callable[[Batch], None] | None = None,
     ) -> Descriptor:
         """Store the manifest and its tags in one transaction.
 
-        Raises DigestInvalid, and what `allowed` raises, which is called in the transaction to check the push.
+        Raises DigestInvalid, PreconditionFailed, and what `allowed` raises, which is called in the
+        transaction to check the push.
         """
         if isinstance(reference, Digest):
             named = Manifest.of(manifest.media_type, manifest.content, reference.algorithm)
@@ -270,8 +259,14 @@ class Store(Registry):
             manifest = named  # clients pull it by a digest of this algorithm
         else:
             tags = (reference, *tags)
-        await self.run(self._push, repository, manifest, tags, allowed)
+        check = when.after(allowed, partial(self._digest, repository, reference))
+        await self.run(self._push, repository, manifest, tags, check)
         return manifest.descriptor
+
+    def _digest(self, repository: str, reference: Reference) -> Digest | None:
+        with suppress(ManifestUnknown):
+            return self.manifest(repository, reference)[0].digest
+        return None
 
     def _push(
         self,
@@ -307,14 +302,19 @@ class Store(Registry):
         batch.put(TAG.key(repository, tag), Pointer(digest, validated_at).encode())
 
     async def delete_manifest(
-        self, repository: str, reference: Reference, allowed: DeletionCheck | None = None
+        self,
+        repository: str,
+        reference: Reference,
+        when: Conditions = ALWAYS,
+        allowed: DeletionCheck | None = None,
     ) -> None:
         """Delete a tag; or a manifest, its tags, and the record that makes it a referrer.
 
-        Raises ManifestUnknown, and what `allowed` raises, which is called in the transaction with the tags
-        that will be deleted.
+        Raises ManifestUnknown, PreconditionFailed, and what `allowed` raises, which is called in the
+        transaction with the tags that will be deleted.
         """
-        if not await self.run(self._delete, repository, reference, allowed):
+        check = when.after(allowed, lambda: self.manifest(repository, reference)[0].digest)
+        if not await self.run(self._delete, repository, reference, check):
             raise ManifestUnknown(f"{repository} has no {reference}")
 
     def _delete(self, repository: str, reference: Reference, allowed: DeletionCheck | None) -> bool:
@@ -343,9 +343,13 @@ class Store(Registry):
         """The tags that point to the manifest."""
         return [Tag(TAG.parse(key)[1]) for key in batch.tags_at(repository, digest)]
 
-    async def delete_blob(self, repository: str, digest: Digest) -> None:
-        if not await self.run(self.records.delete, LINK.key(repository, digest)):
-            raise BlobUnknown(f"{repository} has no blob {digest}")
+    async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
+        def work(batch: Batch) -> None:
+            if not batch.delete(LINK.key(repository, digest)):
+                raise BlobUnknown(f"{repository} has no blob {digest}")
+            when.check(digest)
+
+        await self.run(self.records.transaction, work, True)
 
     def linked(self, repository: str, digest: Digest) -> Descriptor | None:
         """The blob, if `repository` shows it and it is stored.  Does not count as use."""

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import pytest
 
+from storage.conditions import Conditions
 from storage.errors import (
     BlobUnknown,
     BlobUploadUnknown,
     DigestInvalid,
     ManifestUnknown,
     NameUnknown,
+    PreconditionFailed,
     Unsupported,
 )
 from storage.oci import (
@@ -65,7 +67,8 @@ class Content(Protocol):
 class Subject:
     """`prefix` is what repositories' names begin with, if they are asked for here.
 
-    `unsupported` are the methods that it does not have.  `filters`: it can be told who sees what there.
+    `unsupported` are the methods that it does not have.  `filters`: it can be told who sees what there, and
+    when it may write.
     """
 
     registry: Registry
@@ -461,6 +464,48 @@ class PushContract:
         await registry.delete_blob(name, digest)
         await refused(registry.get_blob(name, digest), BlobUnknown)
         await refused(registry.delete_blob(name, digest), BlobUnknown)
+
+    async def test_a_precondition(self, subject: Subject) -> None:
+        registry, name, first, second = subject.registry, subject.name("a"), manifest(1), manifest(2)
+        tag, blob = Tag("latest"), await subject.content.blob("a", b"content")
+        new, known = Conditions(none_match=frozenset("*")), Conditions(frozenset((f'"{first.digest}"',)))
+        if not subject.filters:
+            await refused(registry.push_manifest(name, tag, first, when=new), Unsupported)
+            await refused(registry.delete_manifest(name, tag, new), Unsupported)
+            await refused(registry.delete_blob(name, blob, new), Unsupported)
+            return
+        await refused(registry.push_manifest(name, tag, first, when=known), PreconditionFailed)
+        await refused(registry.get_manifest(name, first.digest), ManifestUnknown)
+        await registry.push_manifest(name, tag, first, when=new)
+        await refused(registry.push_manifest(name, tag, second, when=new), PreconditionFailed)
+        await registry.push_manifest(name, first.digest, first, when=known)
+        await registry.push_manifest(name, tag, second, when=known)
+        await refused(registry.push_manifest(name, tag, first, [Tag("v1")], known), PreconditionFailed)
+        for reference in (tag, second.digest):
+            await refused(registry.delete_manifest(name, reference, known), PreconditionFailed)
+        assert await registry.get_manifest(name, tag) == second
+        await refused(registry.delete_manifest(name, Tag("v1"), known), ManifestUnknown)
+        await registry.delete_manifest(name, tag, Conditions(frozenset((f'"{second.digest}"',))))
+        await refused(registry.delete_blob(name, blob, known), PreconditionFailed)
+        await registry.delete_blob(name, blob, Conditions(frozenset((f'"{blob}"',))))
+        await refused(registry.delete_blob(name, blob, known), BlobUnknown)
+
+    async def test_writers_that_have_read_the_same(self, subject: Subject) -> None:
+        """One of them writes."""
+        if not subject.filters:
+            return
+        registry, name, tag = subject.registry, subject.name("a"), Tag("latest")
+        when = Conditions(none_match=frozenset("*"))
+        for turn in range(3):
+            writes = [
+                registry.push_manifest(name, tag, manifest(10 * turn + number), when=when)
+                for number in range(5)
+            ]
+            done = await asyncio.gather(*writes, return_exceptions=True)
+            (written,) = [each for each in done if isinstance(each, Descriptor)]
+            assert sum(isinstance(each, PreconditionFailed) for each in done) == 4
+            assert await registry.resolve_manifest(name, tag) == written
+            when = Conditions(frozenset((f'"{written.digest}"',)))
 
 
 ARGUMENTS: dict[str, Any] = {

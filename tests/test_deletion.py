@@ -52,9 +52,9 @@ async def test_a_check_is_given_the_tags_of_the_transaction(store: Store) -> Non
         raise Denied("immutable")
 
     with pytest.raises(Denied):
-        await store.delete_manifest("a", MANIFEST.digest, refuse)
+        await store.delete_manifest("a", MANIFEST.digest, allowed=refuse)
     with pytest.raises(Denied):
-        await store.delete_manifest("a", Tag("3"), refuse)
+        await store.delete_manifest("a", Tag("3"), allowed=refuse)
     assert [list(each) for each in seen] == [["1", "2"], ["3"]]
     assert await store.tags("a") == ["1", "2", "3"]
 
@@ -68,7 +68,7 @@ async def test_a_tag_that_another_process_pushes_or_moves_meanwhile(store: Store
             pushes.append(process.submit(other._push, "a", MANIFEST, [Tag("0"), Tag("3")], None))
 
         pushes: list[Future[None]] = []
-        await store.delete_manifest("a", MANIFEST.digest, push)
+        await store.delete_manifest("a", MANIFEST.digest, allowed=push)
         pushes[0].result()
         process.submit(other.records.close).result()
     assert await store.tags("a") == ["0", "3"]

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.namespaces.routing import Member, Namespaces
+from storage.conditions import Conditions
 from storage.errors import BlobUnknown, NameInvalid, NameUnknown, OriginFailed, RegistryError, Unsupported
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Span, Tag, parse_name
 from storage.registry import Registry
@@ -265,6 +266,7 @@ METHODS = {name for name, _ in inspect.getmembers(Registry, inspect.iscoroutinef
     "repositories",
 }
 MANIFEST = Manifest.of(OCI_MANIFEST, b"{}")
+STALE = Conditions(frozenset(("other",)))
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "get_blob": (DIGEST, Span(1, 2)),
     "locate_blob": (DIGEST,),
@@ -275,9 +277,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "referrers": (DIGEST, "application/x", "", None),
     "start_upload": (7, "sha512"),
     "resume_upload": ("id",),
-    "push_manifest": (Tag("latest"), MANIFEST, (Tag("v1"),)),
-    "delete_blob": (DIGEST,),
-    "delete_manifest": (Tag("latest"),),
+    "push_manifest": (Tag("latest"), MANIFEST, (Tag("v1"),), STALE),
+    "delete_blob": (DIGEST, STALE),
+    "delete_manifest": (Tag("latest"), STALE),
 }
 
 

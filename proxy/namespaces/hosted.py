@@ -15,13 +15,9 @@ from dataclasses import dataclass
 from proxy.cache.copies import BlobCopies
 from proxy.telemetry.exchange import current, in_exchange
 from storage.concurrency import run_sized
+from storage.conditions import ALWAYS, Conditions
 from storage.disk.health import MakeRoom, make_no_room
-from storage.errors import (
-    Denied,
-    ManifestBlobUnknown,
-    ManifestInvalid,
-    ManifestUnknown,
-)
+from storage.errors import Denied, ManifestBlobUnknown, ManifestInvalid, ManifestUnknown
 from storage.graph import IndexEntries, fallback_tag
 from storage.held import held_blob, held_manifest
 from storage.keys import LINK, MANIFEST, MOVES, PULLED, TAG
@@ -270,7 +266,12 @@ class Hosted(Registry):
         return await self._store.mount_blob(self._full(repository), digest, name, ours)
 
     async def push_manifest(
-        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+        self,
+        repository: str,
+        reference: Reference,
+        manifest: Manifest,
+        tags: Sequence[Tag] = (),
+        when: Conditions = ALWAYS,
     ) -> Descriptor:
         """Raises Denied if a tag is immutable and would move."""
         name = self._full(repository)
@@ -287,16 +288,16 @@ class Hosted(Registry):
                 if (former := self.retag(batch, repository, tag, digest)) is not None:
                     moved[tag] = former
 
-        descriptor = await self._store.push_manifest(name, reference, manifest, tags, allowed)
+        descriptor = await self._store.push_manifest(name, reference, manifest, tags, when, allowed)
         if self._moved is not None:
             for tag, former in moved.items():
                 await self._moved(name, tag, former, digest)
         return descriptor
 
-    async def delete_blob(self, repository: str, digest: Digest) -> None:
-        await self._store.delete_blob(self._full(repository), digest)
+    async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
+        await self._store.delete_blob(self._full(repository), digest, when)
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+    async def delete_manifest(self, repository: str, reference: Reference, when: Conditions = ALWAYS) -> None:
         """Raises Denied if a tag that would be deleted is immutable."""
         name = self._full(repository)
 
@@ -310,7 +311,7 @@ class Hosted(Registry):
             if isinstance(reference, Digest):
                 self._leases.drop(batch, name, reference)
 
-        await self._store.delete_manifest(name, reference, allowed)
+        await self._store.delete_manifest(name, reference, when, allowed)
 
     def _check_complete(self, batch: Batch, name: str, content: ManifestContent) -> None:
         def stored(digest: Digest) -> bool:

@@ -25,6 +25,7 @@ from proxy.cache.refresh import Refreshable
 from proxy.config.hosts import canonical_host, is_host, normal_host
 from proxy.config.registry_hosts import registry_host
 from proxy.namespaces.mounts import copy_blob
+from storage.conditions import ALWAYS, Conditions
 from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
 from storage.oci import (
     NAME_LIMIT,
@@ -102,9 +103,7 @@ class Namespaces(Registry):
         self._members: dict[str, Member] = {}
         self._by_name: dict[str, Member] = {}
         self._by_host: dict[str, Member] = {}
-        self._catalogs = catalogs
-        self._hosts_named = hosts_named
-        self._others = others
+        self._catalogs, self._hosts_named, self._others = catalogs, hosts_named, others
         for member in members:
             _claim(self._members, member.name, member)
             for name in (member.name, *member.aliases):
@@ -284,18 +283,23 @@ class Namespaces(Registry):
         )
 
     async def push_manifest(
-        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+        self,
+        repository: str,
+        reference: Reference,
+        manifest: Manifest,
+        tags: Sequence[Tag] = (),
+        when: Conditions = ALWAYS,
     ) -> Descriptor:
         member, relative = self._split(repository)
-        return await member.registry.push_manifest(relative, reference, manifest, tags)
+        return await member.registry.push_manifest(relative, reference, manifest, tags, when)
 
-    async def delete_blob(self, repository: str, digest: Digest) -> None:
+    async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
         member, relative = self._split(repository)
-        await member.registry.delete_blob(relative, digest)
+        await member.registry.delete_blob(relative, digest, when)
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+    async def delete_manifest(self, repository: str, reference: Reference, when: Conditions = ALWAYS) -> None:
         member, relative = self._split(repository)
-        await member.registry.delete_manifest(relative, reference)
+        await member.registry.delete_manifest(relative, reference, when)
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
         """Raises Unsupported if the namespace is not a cache."""
@@ -326,8 +330,7 @@ class Namespaces(Registry):
         """Close every registry once, even if one fails; then raise that failure."""
         registries = {id(member.registry): member.registry for member in self._members.values()}
         closing = (registry.close() for registry in registries.values())
-        results = await asyncio.gather(*closing, return_exceptions=True)
-        for result in results:
+        for result in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
 
@@ -354,8 +357,7 @@ class Namespaces(Registry):
         return self._named(host) is not None or self._named(host.rpartition(":")[0]) is not None
 
     def _hosted(self, text: str) -> Member | None:
-        text = text.lower()
-        text = canonical_host(text) or text
+        text = canonical_host(text.lower()) or text.lower()
         return self._by_host.get(text) or self._by_host.get(text.rpartition(":")[0])
 
 

@@ -19,6 +19,7 @@ from proxy.policy.moves import TagHolds
 from proxy.policy.overrides import Override, Overrides
 from proxy.telemetry.exchange import PolicyVerdict, aside, current, note_verdict
 from proxy.telemetry.metrics import Metrics
+from storage.conditions import ALWAYS, Conditions
 from storage.errors import Denied, ManifestUnknown, Unavailable
 from storage.names import written
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
@@ -124,15 +125,20 @@ class PolicedRegistry(Registry):
         return await self._registry.mount_blob(repository, digest, source, allowed)
 
     async def push_manifest(
-        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+        self,
+        repository: str,
+        reference: Reference,
+        manifest: Manifest,
+        tags: Sequence[Tag] = (),
+        when: Conditions = ALWAYS,
     ) -> Descriptor:
-        return await self._registry.push_manifest(repository, reference, manifest, tags)
+        return await self._registry.push_manifest(repository, reference, manifest, tags, when)
 
-    async def delete_blob(self, repository: str, digest: Digest) -> None:
-        await self._registry.delete_blob(repository, digest)
+    async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
+        await self._registry.delete_blob(repository, digest, when)
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
-        await self._registry.delete_manifest(repository, reference)
+    async def delete_manifest(self, repository: str, reference: Reference, when: Conditions = ALWAYS) -> None:
+        await self._registry.delete_manifest(repository, reference, when)
 
     async def close(self) -> None:
         await self._registry.close()

@@ -30,6 +30,7 @@ from proxy.upstream.responses import Download, stated_digest, stated_extent, sta
 from proxy.upstream.shared_limits import KnownUpstream
 from proxy.upstream.upload import WRITTEN, UploadSession, UpstreamUpload
 from storage.concurrency import run_sized
+from storage.conditions import ALWAYS, Conditions
 from storage.errors import (
     BlobUnknown,
     ManifestInvalid,
@@ -305,15 +306,22 @@ class UpstreamRegistry(Registry):
             raise BlobUnknown(f"{self._name} does not mount {digest} from {source or 'anywhere'}")
         return await self.resolve_blob(repository, digest)
 
-    async def delete_blob(self, repository: str, digest: Digest) -> None:
+    async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
+        self._refuse(when)
         await self._delete(repository, f"blobs/{digest}", "blob")
 
     # Pushing and deleting manifests
 
     async def push_manifest(
-        self, repository: str, reference: Reference, manifest: Manifest, tags: Sequence[Tag] = ()
+        self,
+        repository: str,
+        reference: Reference,
+        manifest: Manifest,
+        tags: Sequence[Tag] = (),
+        when: Conditions = ALWAYS,
     ) -> Descriptor:
         """If the registry does not accept several tags in one request, each is pushed by itself."""
+        self._refuse(when)
         # Pushed by tag, a manifest gets a sha256 digest, whatever digest it has.
         if not tags and (isinstance(reference, Digest) or manifest.digest.algorithm == "sha256"):
             await self._push(repository, str(reference), manifest)
@@ -345,8 +353,13 @@ class UpstreamRegistry(Registry):
         values = response.headers.getall("OCI-Tag", ())
         return {tag.strip() for value in values for tag in value.split(",")}
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+    async def delete_manifest(self, repository: str, reference: Reference, when: Conditions = ALWAYS) -> None:
+        self._refuse(when)
         await self._delete(repository, f"manifests/{reference}", "manifest")
+
+    def _refuse(self, when: Conditions) -> None:
+        if when:
+            raise Unsupported(f"{self._name} may ignore preconditions, as Distribution does")
 
     async def _delete(self, repository: str, path: str, kind: str) -> None:
         request = UpstreamRequest(

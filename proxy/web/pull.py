@@ -10,6 +10,7 @@ from aiohttp import web
 
 from proxy.access.authorization import Authorizer
 from proxy.telemetry.exchange import Exchange
+from proxy.web.conditions import parse_conditions
 from proxy.web.peers import check_confirmed
 from proxy.web.ranges import Range, parse_ranges, satisfy
 from proxy.web.redirects import Redirects
@@ -25,6 +26,7 @@ from proxy.web.responses import (
 )
 from proxy.web.routes import Route, build_location, build_next, parse_limit
 from proxy.web.send import Turns, send_blob
+from storage.conditions import Conditions
 from storage.errors import RangeInvalid, Unsupported
 from storage.oci import OCI_INDEX, OCTETS, Digest, Reference, Span, Tag
 from storage.registry import Registry
@@ -67,11 +69,12 @@ class Pull:
         assert isinstance(digest, Digest)
         exchange.digest = digest
         headers = _blob_headers(digest, exchange)
-        if request.method == "HEAD" or _matches(request, digest):
+        conditions = parse_conditions(request)
+        if request.method == "HEAD" or conditions.failed(digest):
             exchange.content = await self._registry.resolve_blob(name, digest)
             size = exchange.content.size
             headers.update(cache_headers(exchange))
-            if _matches(request, digest):
+            if _not_modified(conditions, digest):
                 return empty(304, headers)
             if size >= 0:
                 headers["Content-Length"] = str(size)
@@ -131,7 +134,7 @@ class Pull:
         }
         if reference != route.reference:  # as long as the day is not over
             headers["Cache-Control"] = "no-cache"
-        if _matches(request, descriptor.digest):
+        if _not_modified(parse_conditions(request), descriptor.digest):
             return empty(304, headers)
         if request.method == "HEAD":
             headers["Content-Length"] = str(descriptor.size)
@@ -243,14 +246,12 @@ def _spans(ranges: Sequence[Range], size: int) -> list[Span]:
         raise RequestRefused(error, {"Content-Range": f"bytes */{size}"}) from None
 
 
-def _matches(request: web.BaseRequest, digest: Digest) -> bool:
-    """Whether If-None-Match matches (RFC 9110 §13.1.2), by weak comparison; quotes may be missing."""
-    ours = ("*", f'"{digest}"', digest)
-    return any(
-        each.strip().removeprefix("W/") in ours
-        for line in request.headers.getall("If-None-Match", ())
-        for each in line.split(",")
-    )
+def _not_modified(conditions: Conditions, digest: Digest) -> bool:
+    """Whether If-None-Match is false: 304.  Raises PreconditionFailed if If-Match is."""
+    if conditions.failed(digest) == "If-None-Match":
+        return True
+    conditions.check(digest)
+    return False
 
 
 def _ranges(request: web.BaseRequest, digest: Digest) -> list[Range]:

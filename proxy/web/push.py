@@ -20,6 +20,7 @@ from proxy.access.client_address import absolute
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.tracing import step
+from proxy.web.conditions import parse_conditions
 from proxy.web.events import RequestEvents
 from proxy.web.responses import COMMON, RequestRefused, cache_headers, empty
 from proxy.web.routes import Endpoint, Route, build_location
@@ -286,7 +287,8 @@ class Push:
     ) -> Digest:
         assert route.reference is not None
         with step("store.write", attributes={"entrepot.digest": manifest.digest}):
-            descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags)
+            when = parse_conditions(request)
+            descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags, when)
         pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
         for tag in pushed or (None,):
             await self._events.report("push", "manifest", request, route, exchange, descriptor, tag=tag)
@@ -313,7 +315,7 @@ class Push:
         assert reference is not None
 
         async def delete() -> None:
-            await self._registry.delete_manifest(name, reference)
+            await self._registry.delete_manifest(name, reference, parse_conditions(request))
             if isinstance(reference, Tag):
                 await self._events.report("delete", "tag", request, route, exchange, tag=reference)
             else:
@@ -330,7 +332,7 @@ class Push:
         assert isinstance(digest, Digest)
 
         async def delete() -> None:
-            await self._registry.delete_blob(name, digest)
+            await self._registry.delete_blob(name, digest, parse_conditions(request))
             deleted = Descriptor(OCTETS, digest, -1)
             await self._events.report("delete", "blob", request, route, exchange, deleted)
 

@@ -6,6 +6,7 @@ Real servers, of two workers each, and a real database that is killed.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, closing
@@ -26,13 +27,13 @@ from storage.maintenance.collection import ELSEWHERE, Collection
 from storage.maintenance.leases import Leases
 from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.retention import RetentionRules
-from storage.oci import OCI_MANIFEST, OCTETS, Descriptor, Digest
+from storage.oci import OCI_INDEX, OCI_MANIFEST, OCTETS, Descriptor, Digest
 from storage.postgres.records import PostgresRecords
 from storage.store import Store
 from tests.conftest import OPEN, Clock, configuration
 from tests.postgres import PASSWORD, PostgresServer
 from tests.processes import Place, Server, place  # noqa: F401  a fixture
-from tests.test_push import image
+from tests.test_push import image, index
 from tests.upstream import Upstream
 
 pytestmark = pytest.mark.clients
@@ -55,9 +56,17 @@ class Fleet:
         self._session = session
 
     async def ask(
-        self, number: int, method: str, path: str, body: bytes = b"", kind: str = "", admin: bool = False
+        self,
+        number: int,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        kind: str = "",
+        admin: bool = False,
+        **conditions: str,
     ) -> Answer:
-        headers = {"Content-Type": kind or "application/octet-stream"} if body else {}
+        headers = {name.replace("_", "-"): value for name, value in conditions.items()}
+        headers |= {"Content-Type": kind or "application/octet-stream"} if body else {}
         server = self.servers[number]
         url = (server.admin_url if admin else server.url) + path
         async with self._session.request(method, url, data=body or None, headers=headers) as response:
@@ -107,6 +116,32 @@ async def test_two_servers_are_one_registry(fleet: Fleet) -> None:
     await _pulled_at_the_next_moment(fleet)
     await _pushed_in_parts(fleet)
     await _one_winner_of_a_tag(fleet)
+    await _nothing_lost_by_those_that_change_a_tag(fleet)
+
+
+async def _nothing_lost_by_those_that_change_a_tag(fleet: Fleet) -> None:
+    """Each adds to what it has read, on condition that it still is there; or begins again."""
+    path, all_have_read = f"{APP}/manifests/list", asyncio.Barrier(6)
+
+    async def add(number: int) -> int:
+        for tries in itertools.count(1):
+            known = await fleet.ask(number % 2, "GET", path)
+            new = known.status == 404
+            listed = {} if new else json.loads(known.body)["annotations"]
+            if tries == 1:
+                await all_have_read.wait()
+            content = index(annotations={**listed, str(number): "added"})
+            when = {"If_None_Match": "*"} if new else {"If_Match": known.headers["ETag"]}
+            answer = await fleet.ask(1 - number % 2, "PUT", path, content, OCI_INDEX, **when)
+            if answer.status == 201:
+                return tries
+            assert answer.status == 412, answer.body
+        raise AssertionError
+
+    tries = await asyncio.gather(*map(add, range(6)))
+    found = json.loads((await fleet.ask(0, "GET", path)).body)["annotations"]
+    assert set(found) == set(map(str, range(6)))
+    assert tries.count(1) == 1  # of those that had read the same
 
 
 async def _pulled_at_the_next_moment(fleet: Fleet) -> None:

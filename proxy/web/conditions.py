@@ -8,7 +8,7 @@ from aiohttp import web
 
 from storage.conditions import Conditions
 
-_MEMBER = re.compile(r'(?:"[^"]*"|[^,])+')  # an opaque tag may have commas
+_MEMBER = re.compile(r'(?:"[^"]*+"|[^,"]++|")++')  # an opaque tag may have commas
 
 
 def parse_conditions(request: web.BaseRequest) -> Conditions:

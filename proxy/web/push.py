@@ -229,7 +229,8 @@ class Push:
                 f"the chunk begins at byte {first}, but {upload.offset} bytes have been received"
             )
             raise RequestRefused(error, self._session(request, route, upload, exchange))
-        if request.content_length not in (None, last - first + 1):
+        # dockertarpusher states the byte after the last one.  Content-Length says how long the body is.
+        if request.content_length not in (None, last - first + 1, last - first):
             raise SizeInvalid(
                 f"Content-Range has {last - first + 1} bytes, but Content-Length is {request.content_length}"
             )

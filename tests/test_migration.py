@@ -14,6 +14,7 @@ from storage.concurrency import Cancelled
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
+from storage.keys import MANIFEST as MANIFEST_RECORD
 from storage.maintenance.leases import Leases
 from storage.migration import adoption, distribution
 from storage.migration.migration import Damage, Migration, MigrationReport
@@ -375,6 +376,45 @@ def test_tags_move_as_they_moved_there_but_not_past_a_push_here(
         "pushed": one,
         "immutable": one,
     }
+
+
+def test_a_tag_that_is_pushed_meanwhile_stays(
+    made: Layout, store: Store, take: Take, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. a tag is not here  2. it is pushed, or its manifest is deleted  3. it is to be set."""
+    one, two = Digest(made.image("a", layers=[b"1"])), Digest(made.image("a", layers=[b"2"]))
+    assert take().manifests == 2
+    for tag in ("immutable", "pushed", "same"):
+        made.point("a", tag, one, at=clock() + (50 if tag == "immutable" else -50))
+    made.point("a", "deleted", two, at=clock())
+    tags = distribution.DistributionTree.tags
+
+    def meanwhile(tree: distribution.DistributionTree, repository: str) -> Iterator[str]:
+        yield from tags(tree, repository)
+        now = {Tag("immutable"): two, Tag("pushed"): two, Tag("same"): one}
+        store.records.transaction(lambda batch: store.put_tags(batch, "local/a", now))
+        store.records.delete(MANIFEST_RECORD.key("local/a", two))
+
+    monkeypatch.setattr(distribution.DistributionTree, "tags", meanwhile)
+    taken = take(immutable=lambda tag: tag == "immutable")
+    assert (taken.tags, taken.damaged) == (0, [])
+    assert taken.kept == [
+        Damage("a", "deleted", f"{two} was deleted meanwhile"),
+        Damage("a", "immutable", f"it stays {two}: it is immutable"),
+        Damage("a", "pushed", f"it stays {two}: it was pushed here since"),
+    ]
+
+
+async def test_what_loses_its_tag_is_kept_for_the_grace_period(
+    made: Layout, store: Store, take: Take, clock: Clock
+) -> None:
+    hosted = Hosted("local", store, leases := Leases(store, 3600.0, clock), clock=clock)
+    one, two = made.image("a", "1", layers=[b"1"]), made.image("a", layers=[b"2"])
+    take(retag=hosted.retag)
+    clock.advance(7200)
+    made.point("a", "1", two, at=clock())
+    assert take(retag=hosted.retag).tags == 1
+    assert leases.of("local/a", one) == clock()
 
 
 def test_a_dry_run_tells_and_takes_nothing(made: Layout, store: Store, take: Take) -> None:

@@ -20,7 +20,9 @@ from proxy.config.loader import load
 from proxy.config.quantities import format_size, plural
 from proxy.config.schema import Config
 from proxy.config.settings import Setting
+from proxy.namespaces.hosted import Hosted
 from proxy.namespaces.private import private_store
+from proxy.namespaces.upkeep import leases
 from proxy.transfer.results import DamageRow, Migrated
 from storage.concurrency import Cancelled
 from storage.errors import StorageFailed
@@ -114,6 +116,7 @@ def _migration(
         source,
         sparse=hosting.sparse,
         immutable=lambda tag: any(each.fullmatch(tag) for each in hosting.immutable_tags),
+        retag=Hosted(namespace, store, leases(config, store, time.time)).retag,
         dry_run=dry_run,
     )
 

@@ -8,7 +8,7 @@ new, and continues a run that was interrupted.  Other processes may use the stor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from storage.content import files_of
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameInvalid, TagInvalid
 from storage.keys import MANIFEST
 from storage.migration.adoption import Adoption
-from storage.migration.distribution import Absent, DistributionTree
+from storage.migration.distribution import Absent, DistributionTree, TagLink
 from storage.oci import (
     NAME_LIMIT,
     OCTETS,
@@ -72,6 +72,7 @@ class Migration:
     """The migration from `source` into a store.  Methods block.
 
     If `sparse`, children of an index may be missing.  A tag for which `immutable` returns true is not moved.
+    `retag` is called in the transaction that sets a tag of a repository, before it does.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Migration:
         *,
         sparse: bool = False,
         immutable: Callable[[Tag], bool] = lambda tag: False,
+        retag: Callable[[Batch, str, Tag, Digest], object] = lambda batch, repository, tag, digest: None,
         dry_run: bool = False,
     ) -> None:
         self.report = MigrationReport()
@@ -90,6 +92,7 @@ class Migration:
         self._source = source
         self._sparse = sparse
         self._immutable = immutable
+        self._retag = retag
         self._dry_run = dry_run
         self._files = files_of(store.files)
         self._adoption = Adoption(self._files)
@@ -228,13 +231,14 @@ class Migration:
         return _BlobResult(Descriptor(OCTETS, digest, size), new=True)
 
     def _tags(self, repository: _RepositoryMigration) -> None:
-        for group in map(dict, batches(self._moved(repository))):
-            if not self._dry_run:
-                self._store.records.transaction(partial(repository.point, tags=group))
-            self.report.tags += len(group)
+        for group in batches(self._moved(repository)):
+            work = partial(self._point, repository, group)
+            done, kept = work(None) if self._dry_run else self._store.records.transaction(work)
+            self.report.tags += done
+            self.report.kept += kept
 
-    def _moved(self, repository: _RepositoryMigration) -> Iterator[tuple[Tag, Digest]]:
-        """The tags that are to be set, and their targets."""
+    def _moved(self, repository: _RepositoryMigration) -> Iterator[tuple[Tag, TagLink]]:
+        """The tags that are to be set."""
         for text in self._source.tags(repository.name):
             self._check()
             try:
@@ -248,11 +252,35 @@ class Migration:
                 continue
             if not repository.holds(link.digest) and not repository.complete.get(link.digest):
                 self._damaged(repository, text, f"it points to {link.digest}, which is not stored")
-            elif known is None or (link.moved_at > known.validated_at and not self._immutable(tag)):
-                yield tag, link.digest
             else:
+                yield tag, link
+
+    def _point(
+        self, repository: _RepositoryMigration, links: Iterable[tuple[Tag, TagLink]], batch: Batch | None
+    ) -> tuple[int, list[Damage]]:
+        """Set tags, in a transaction, or see which ones would be set: how many, and those that stay.
+
+        Decided there, since clients push meanwhile: see Hosted.push_manifest.
+        """
+        full, done, kept = repository.full, 0, list[Damage]()
+        for tag, link in links:
+            known = self._store.pointer(full, tag)
+            if known is not None and known.digest == link.digest:
+                continue
+            if known is not None and (link.moved_at <= known.validated_at or self._immutable(tag)):
                 why = "it is immutable" if self._immutable(tag) else "it was pushed here since"
-                self.report.kept.append(Damage(repository.name, text, f"it stays {known.digest}: {why}"))
+                kept.append(Damage(repository.name, tag, f"it stays {known.digest}: {why}"))
+                continue
+            if batch is not None:
+                if batch.get(MANIFEST.key(full, link.digest)) is None:
+                    kept.append(Damage(repository.name, tag, f"{link.digest} was deleted meanwhile"))
+                    continue
+                self._retag(batch, repository.name, tag, link.digest)
+                self._store.put_tags(batch, full, {tag: link.digest})
+            done += 1
+        if batch is not None:
+            self._store.changed(batch, full)
+        return done, kept
 
     def _damaged(self, repository: _RepositoryMigration, what: str, why: str) -> None:
         self.report.damaged.append(Damage(repository.name, str(what), why))
@@ -327,9 +355,4 @@ class _RepositoryMigration:
                 if not sparse and batch.get(MANIFEST.key(self.full, child.digest)) is None:
                     raise ManifestUnknown(f"{self.full} no longer has {child.digest}: migrate it again")
             self._store.put_manifest(batch, self.full, manifest)
-        self._store.changed(batch, self.full)
-
-    def point(self, batch: Batch, tags: Mapping[Tag, Digest]) -> None:
-        stored = {tag: each for tag, each in tags.items() if batch.get(MANIFEST.key(self.full, each))}
-        self._store.put_tags(batch, self.full, stored)
         self._store.changed(batch, self.full)

@@ -215,6 +215,21 @@ async def test_without_an_endpoint_there_is_none(opened: Open, users: Path) -> N
     door = await opened({"htpasswd": str(users)})
     for method in ("GET", "POST"):
         assert (await door.ask(method, "/token", ALICE)).status == 404
+    assert (await door.ask("POST", "/token")).status == 404
+
+
+async def test_without_an_endpoint_everybody_gets_the_token_of_nobody(
+    opened: Open,  # noqa: F811
+    users: Path,  # noqa: F811
+) -> None:
+    door = await opened({"htpasswd": str(users), "rules": RULES})
+    said = await door.ask("GET", "/token?scope=repository:local/public/app:pull")
+    given = bearer(json.loads(said.body)["token"])
+    for shown in (given, bearer("QQ==")):
+        assert (await door.act("pull", shown, "/v2/local/public/app")).status == 404
+        refused = await door.act("pull", shown)
+        assert (refused.status, refused.challenge) == (401, 'Basic realm="entrepot"')
+    assert (await door.act("pull", bearer("another"), "/v2/local/public/app")).status == 401
 
 
 # OAuth

@@ -31,7 +31,9 @@ TOKEN_PATH = "/token"  # of this server's own token endpoint
 _DATED = "asof+"  # what a user begins with who is no name but a date
 _UNQUOTABLE = {ord('"'): "%22", ord("\\"): "%5C"}
 _SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm")  # that are told in messages
-_ANONYMOUS = ("Basic Og==", "basic Og==")  # an empty user with an empty password
+NOBODYS_TOKEN = "anonymous"  # given to whoever asks for a token where there is no token endpoint
+# An empty user with an empty password; nobody's token; that of ghcr.io, which Homebrew sends to any registry.
+_ANONYMOUS = ("Basic Og==", "basic Og==", f"Bearer {NOBODYS_TOKEN}", "Bearer QQ==")
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ class Authenticator:
 def authorization(request: web.BaseRequest) -> str:
     """The Authorization header.
 
-    "" without one, with podman's empty user and empty password, or with a user that is no name but a date.
+    "" without one, with credentials of nobody, as podman and Homebrew send them, or with a user that is no
+    name but a date.
     """
     header = request.headers.get("Authorization", "").strip()
     return "" if header in _ANONYMOUS or dated_user(request) else header

@@ -45,7 +45,7 @@ from proxy.web.responses import (
 )
 from proxy.web.routes import Endpoint, Route, parse
 from proxy.web.send import LEFT
-from proxy.web.token_endpoint import TokenEndpoint, oauth_error
+from proxy.web.token_endpoint import TokenEndpoint, nobodys_token, oauth_error
 from storage.errors import (
     BlobUnknown,
     CodingUnsupported,
@@ -54,7 +54,6 @@ from storage.errors import (
     NameInvalid,
     NameUnknown,
     OriginDenied,
-    PathUnknown,
     RegistryError,
     TagInvalid,
     Throttled,
@@ -168,6 +167,7 @@ class DistributionAPI:
                 "PUT": push.finish,
                 "DELETE": push.cancel,
             },
+            Endpoint.TOKEN: {"GET": nobodys_token, "POST": nobodys_token},
         }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -233,10 +233,8 @@ class DistributionAPI:
             return self._error(kind, RegistryError(f"{UNEXPECTED} {exchange.id}"), exchange)
 
     def _handler(self, kind: Endpoint, method: str) -> EndpointHandler:
-        """Raises PathUnknown, RequestRefused."""
-        handlers = self._handlers.get(kind)
-        if handlers is None:
-            raise PathUnknown("this server has no token endpoint (access.token_endpoint)")
+        """Raises RequestRefused."""
+        handlers = self._handlers[kind]
         if (handler := handlers.get(method)) is None:
             unsupported = Unsupported(f"{method} is not supported for this endpoint ({kind.value})")
             raise RequestRefused(unsupported, {"Allow": ", ".join(handlers)})

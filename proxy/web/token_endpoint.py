@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 import msgspec
 from aiohttp import web
 
+from proxy.access.authentication import NOBODYS_TOKEN, authorization
 from proxy.access.authorization import TOKEN, Authorizer
 from proxy.access.rules import Grant, Principal
 from proxy.access.scopes import requested_scopes
@@ -22,7 +23,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.web.responses import JSON, content
 from proxy.web.routes import Route
-from storage.errors import GrantTypeUnsupported, RegistryError, TokenRequestInvalid
+from storage.errors import GrantTypeUnsupported, PathUnknown, RegistryError, TokenRequestInvalid
 
 if TYPE_CHECKING:  # it needs a library for tokens
     from proxy.access.token_exchange import TokenExchange
@@ -128,8 +129,24 @@ class TokenEndpoint:
             "scope": exchange.reference,
             **({} if refresh is None else {"refresh_token": refresh.token}),
         }
-        headers = {"Content-Type": JSON, "Cache-Control": "no-store"}
-        return content(msgspec.json.encode(body), headers)
+        return _response(body)
+
+
+async def nobodys_token(
+    request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+) -> web.StreamResponse:
+    """The answer where there is no token endpoint.  Raises PathUnknown for a client that shows a login.
+
+    mamba, and rattler before py-rattler 0.26, always ask the registry's host for a token, as if it were
+    ghcr.io, and end without one.
+    """
+    if request.method != "GET" or authorization(request):
+        raise PathUnknown("this server has no token endpoint (access.token_endpoint)")
+    return _response({"token": NOBODYS_TOKEN})
+
+
+def _response(body: Mapping[str, object]) -> web.Response:
+    return content(msgspec.json.encode(body), {"Content-Type": JSON, "Cache-Control": "no-store"})
 
 
 def oauth_error(error: RegistryError) -> dict[str, str]:

@@ -271,6 +271,24 @@ async def test_the_algorithm_may_be_told_beforehand(client: Client, given: str) 
     assert (answer.status, answer.code) == (400, "DIGEST_INVALID")
 
 
+@pytest.mark.parametrize("body", [b"", CONTENT], ids=["empty", "with the last chunk"])
+async def test_the_end_of_an_upload_may_be_repeated(client: Client, body: bytes) -> None:
+    session = await client.started()
+    if not body:
+        await client.ask("PATCH", session, CONTENT)
+    first, second = await asyncio.gather(
+        *(client.ask("PUT", f"{session}?digest={DIGEST}", body) for _ in range(2))
+    )
+    third = await client.ask("PUT", f"{session}?digest={DIGEST}", body)  # of whom the answer did not reach
+    # 404 between the blob's commit and its link.
+    assert sorted([first.status, second.status]) in ([201, 201], [201, 404])
+    assert (third.status, third.location) == (201, f"{APP}/blobs/{DIGEST}")
+    for digest in (Digest.of(b"other"), "sha256:x"):
+        assert (await client.ask("PUT", f"{session}?digest={digest}")).code == "BLOB_UPLOAD_UNKNOWN"
+    await client.ask("DELETE", f"{APP}/blobs/{DIGEST}")
+    assert (await client.ask("PUT", f"{session}?digest={DIGEST}", body)).code == "BLOB_UPLOAD_UNKNOWN"
+
+
 async def test_a_cancelled_upload(client: Client) -> None:
     session = await client.started()
     await client.ask("PATCH", session, CONTENT)

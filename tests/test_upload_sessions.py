@@ -154,6 +154,17 @@ async def test_of_two_requests_at_once_one_wins(servers: Servers) -> None:
     assert await servers.read(DIGEST) == CONTENT
 
 
+async def test_who_adds_to_an_upload_that_has_just_ended_finds_none(servers: Servers) -> None:
+    id = await servers.begun(CONTENT[:1000])
+    late, first = [await each.reopen(id, "a") for each in (servers.one, servers.other)]
+    for each in (late, first):
+        await each.write(CONTENT[1000:])
+    await first.commit(DIGEST)
+    with pytest.raises(BlobUploadUnknown):
+        await late.commit(DIGEST)
+    assert await servers.read(DIGEST) == CONTENT
+
+
 async def test_who_cancels_leaves_nothing(servers: Servers) -> None:
     id = await servers.begun(*PARTS)
     upload = await servers.other.reopen(id, "a")

@@ -101,6 +101,15 @@ async def test_a_push_whole(told: Told, receiver: Receiver, clock: Clock) -> Non
     assert event["id"] != blob["id"]
 
 
+async def test_a_push_that_is_repeated_is_told_again(told: Told, receiver: Receiver) -> None:  # noqa: F811
+    """1. it is stored  2. the worker is killed, and tells nothing  3. the client repeats it."""
+    client = await told()
+    session, digest = await client.started(), Digest.of(b"{}")
+    for _ in range(2):
+        assert (await client.ask("PUT", f"{session}?digest={digest}", b"{}")).status == 201
+    assert brief(await receiver.took(2)) == [("push", "local/team/app", digest)] * 2
+
+
 async def test_everything_that_is_done_to_a_store(told: Told, receiver: Receiver) -> None:  # noqa: F811
     client = await told(actions=["push", "delete", "mount", "move"])
     config = await client.blob(b"{}")

@@ -2,7 +2,7 @@
 
 An upload's session is its file in the store: any worker can continue it, and the bytes of an interrupted
 request are kept, to be resumed.  Once a commit, a push or a deletion has begun, it is completed and its event
-is published even if the client leaves.  Locations are relative, so that they are right behind any proxy.
+is published even if the client leaves.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import NoReturn
 
 from aiohttp import web
 
-from proxy.access.client_address import absolute
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.tracing import step
 from proxy.web.conditions import parse_conditions
 from proxy.web.events import RequestEvents
+from proxy.web.push_responses import created, deleted, session_headers
 from proxy.web.responses import COMMON, RequestRefused, cache_headers, empty
-from proxy.web.routes import Endpoint, Route, build_location
+from proxy.web.routes import Endpoint, Route
 from proxy.web.send import LEFT
 from storage.concurrency import run_sized, uninterrupted
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
+    BlobUploadUnknown,
     DigestInvalid,
     ManifestInvalid,
     ManifestTooLarge,
@@ -52,9 +53,6 @@ from storage.oci import (
 from storage.registry import Registry, Upload
 
 _CONTENT_RANGE = re.compile(r"(?:bytes )?([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]+|\*))?")
-# The User-Agent of programs that give no name of their own; npm's request sends none, aiohttp Python/.
-_NAMELESS = ("Go-http-client/", "python-requests/", "Python/", "curl/")
-_UNRESOLVING = (*_NAMELESS, "docker-registry-client-async/")
 
 Write = Callable[[bytes], Awaitable[None]]
 # Returns the full name of a repository, as the client of a request names it.
@@ -100,13 +98,13 @@ class Push:
             # Ollama asks so whether the blob is stored; Distribution begins an upload if it is not.
             with suppress(BlobUnknown, NameUnknown):
                 await self._registry.resolve_blob(name, digest)
-                return self._created(request, route, Endpoint.BLOB, digest, exchange)
+                return created(request, route, Endpoint.BLOB, digest, exchange)
             algorithm = digest.algorithm
         if algorithm not in ALGORITHMS:
             raise DigestInvalid(f"digest-algorithm is {algorithm[:50]!r}, but must be sha256 or sha512")
         upload = await self._registry.start_upload(name, None, algorithm)
         await upload.suspend()
-        return empty(202, self._session(request, route, upload, exchange))
+        return empty(202, session_headers(request, route, upload, exchange))
 
     async def _mount(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -137,7 +135,7 @@ class Push:
     ) -> web.Response:
         exchange.detail = "mounted"
         await self._events.report("mount", "blob", request, route, exchange, descriptor, source=source)
-        return self._created(request, route, Endpoint.BLOB, descriptor.digest, exchange)
+        return created(request, route, Endpoint.BLOB, descriptor.digest, exchange)
 
     async def _whole(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange, digest: Digest
@@ -164,7 +162,7 @@ class Push:
         """GET: answer how many bytes have been received."""
         upload = await self._registry.resume_upload(name, route.upload)
         await upload.suspend()
-        return empty(204, self._session(request, route, upload, exchange))
+        return empty(204, session_headers(request, route, upload, exchange))
 
     async def append(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -176,16 +174,45 @@ class Push:
             await self._receive(request, exchange, upload.write)
         finally:
             await upload.suspend()
-        headers = self._session(request, route, upload, exchange)
+        headers = session_headers(request, route, upload, exchange)
         return empty(202, {**headers, "Content-Length": "0"})
 
     async def finish(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.Response:
-        """PUT: append the last chunk, if there is one, and commit the blob under its digest."""
+        """PUT: append the last chunk, if there is one, and commit the blob under its digest.
+
+        A PUT is idempotent (RFC 9110 §9.2.2): one that comes again is answered as the first one was.
+        """
+        try:
+            return await self._finish(request, route, name, exchange)
+        except BlobUploadUnknown:
+            with suppress(BlobUnknown, NameUnknown, DigestInvalid):
+                return await self._finished(request, route, name, exchange)
+            raise
+
+    async def _finished(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
+        """Answer for an upload that has ended.  Raises DigestInvalid, BlobUnknown, NameUnknown."""
+
+        async def discard(chunk: bytes) -> None:
+            pass
+
+        descriptor = await self._registry.resolve_blob(name, _digest(request, route))
+        if not exchange.received:
+            await self._receive(request, exchange, discard)
+        await self._events.report(
+            "push", "blob", request, route, exchange, descriptor
+        )  # it may not have been
+        return created(request, route, Endpoint.BLOB, descriptor.digest, exchange)
+
+    async def _finish(
+        self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
+    ) -> web.Response:
         upload = await self._registry.resume_upload(name, route.upload)
         try:
-            digest = Digest.parse(request.query.get("digest", str(route.reference or "")))
+            digest = _digest(request, route)
             # No range describes an empty body: CUE's client writes one that ends before it starts.
             if request.content_length != 0:
                 self._check_range(request, route, upload, exchange)
@@ -201,7 +228,7 @@ class Push:
         with step("store.write", attributes={"entrepot.digest": digest}):
             descriptor = await upload.commit(digest)
         await self._events.report("push", "blob", request, route, exchange, descriptor)
-        return self._created(request, route, Endpoint.BLOB, digest, exchange)
+        return created(request, route, Endpoint.BLOB, digest, exchange)
 
     async def cancel(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -228,7 +255,7 @@ class Push:
             error = RangeInvalid(
                 f"the chunk begins at byte {first}, but {upload.offset} bytes have been received"
             )
-            raise RequestRefused(error, self._session(request, route, upload, exchange))
+            raise RequestRefused(error, session_headers(request, route, upload, exchange))
         # dockertarpusher states the byte after the last one.  Content-Length says how long the body is.
         if request.content_length not in (None, last - first + 1, last - first):
             raise SizeInvalid(
@@ -270,7 +297,7 @@ class Push:
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip()
         manifest = await run_sized(len(body), _manifest, media_type, body)
         exchange.digest = await uninterrupted(self._push(request, route, name, exchange, manifest, tags))
-        response = self._created(request, route, Endpoint.MANIFEST, Digest(exchange.digest), exchange)
+        response = created(request, route, Endpoint.MANIFEST, Digest(exchange.digest), exchange)
         if (subject := await run_sized(len(body), _subject, body)) is not None:
             response.headers["OCI-Subject"] = subject
         if tags:
@@ -320,11 +347,11 @@ class Push:
             if isinstance(reference, Tag):
                 await self._events.report("delete", "tag", request, route, exchange, tag=reference)
             else:
-                deleted = Descriptor("", reference, -1)
-                await self._events.report("delete", "manifest", request, route, exchange, deleted)
+                gone = Descriptor("", reference, -1)
+                await self._events.report("delete", "manifest", request, route, exchange, gone)
 
         await uninterrupted(delete())
-        return self._deleted(exchange)
+        return deleted(exchange)
 
     async def delete_blob(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -334,50 +361,16 @@ class Push:
 
         async def delete() -> None:
             await self._registry.delete_blob(name, digest, parse_conditions(request))
-            deleted = Descriptor(OCTETS, digest, -1)
-            await self._events.report("delete", "blob", request, route, exchange, deleted)
+            gone = Descriptor(OCTETS, digest, -1)
+            await self._events.report("delete", "blob", request, route, exchange, gone)
 
         await uninterrupted(delete())
-        return self._deleted(exchange)
-
-    # Responses
-
-    def _session(
-        self, request: web.BaseRequest, route: Route, upload: Upload, exchange: Exchange
-    ) -> dict[str, str]:
-        session = Route(Endpoint.UPLOAD, route.name, None, route.prefix, upload.id)
-        location = build_location(session, exchange.ns)
-        url = absolute(request, location)
-        return {
-            **COMMON,
-            **cache_headers(exchange),
-            "Location": location if _resolves(exchange, url) else url,
-            # Ollama takes this one first, and does not resolve it.
-            "Docker-Upload-Location": url,
-            # Also for an empty upload: the header cannot express an empty range, and clients expect this one.
-            "Range": f"0-{max(0, upload.offset - 1)}",
-            "Docker-Upload-UUID": upload.id,
-        }
-
-    def _created(
-        self, request: web.BaseRequest, route: Route, kind: Endpoint, digest: Digest, exchange: Exchange
-    ) -> web.Response:
-        location = build_location(Route(kind, route.name, digest, route.prefix), exchange.ns)
-        headers = {"Location": location, "Docker-Content-Digest": str(digest), "Content-Length": "0"}
-        return empty(201, {**COMMON, **cache_headers(exchange), **headers})
-
-    def _deleted(self, exchange: Exchange) -> web.Response:
-        return empty(202, {**COMMON, **cache_headers(exchange), "Content-Length": "0"})
+        return deleted(exchange)
 
 
-def _resolves(exchange: Exchange, url: str) -> bool:
-    """Whether this client may get a relative Location, which is the right one behind any proxy.
-
-    Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.
-    Where the scheme of `url` is not https, a proxy that does not say so may be in front.
-    """
-    unresolving = not exchange.agent or exchange.agent.startswith(_UNRESOLVING)
-    return not (unresolving and url.startswith("https:"))
+def _digest(request: web.BaseRequest, route: Route) -> Digest:
+    """The digest with which an upload ends.  Raises DigestInvalid."""
+    return Digest.parse(request.query.get("digest", str(route.reference or "")))
 
 
 async def _continue(request: web.BaseRequest) -> None:

@@ -129,7 +129,10 @@ class SharedUpload(Upload):
             path.unlink(missing_ok=True)
 
     async def _add(self, source: Path, size: int, digest: Digest | None) -> None:
-        """Make a part of a file, and record it.  Raises Unavailable; then nothing of it is kept."""
+        """Make a part of a file, and record it.
+
+        Raises Unavailable, BlobUploadUnknown; then nothing of it is kept.
+        """
         blobs, now, former = self._blobs, self._blobs.clock(), self._session
         parts = [] if former is None else list(former.parts)
         if size:
@@ -143,7 +146,10 @@ class SharedUpload(Upload):
         session = Session(parts, str(digest or "") if len(parts) == 1 else "", now, kept)
 
         def work(batch: Batch) -> bool:
-            if Session.parse(batch.get(UPLOAD.key(self.id))) != former:
+            found = Session.parse(batch.get(UPLOAD.key(self.id)))
+            if found is None and former is not None:
+                raise BlobUploadUnknown(f"there is no upload {self.id!r}: it has just ended")
+            if found != former:
                 return False
             batch.put(UPLOAD.key(self.id), msgspec.json.encode(session))
             for key, _ in parts if kept == now else ():

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from obstore.store import LocalStore
 
 from storage.bucket.objects import Bucket, healthy
+from storage.conditions import Conditions
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageUnavailable
+from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.records import Batch
 from tests.conftest import Clock
 
 GRACE = 86400.0  # seconds
+PAUSED = 0.2  # the share of what waits for a moment
+IMMUTABLE = re.compile("v.*")
+RULES = RetentionRules(2 * GRACE, (KeepTags((re.compile("[a-z]"),), last=1),), (IMMUTABLE,))
+ANY = Conditions(none_match=frozenset("*"))  # of a push that is to make what is not there
 
 Key = tuple[str, str, str]  # blob, manifest or tag; the repository; the digest or the name
 
 
+class Made(NamedTuple):
+    """What a manifest names."""
+
+    blobs: Sequence[str] = ()
+    children: Sequence[str] = ()
+    subject: str | None = None
+
+
 class Failures:
-    """Fails now and then: before something is done, or after it."""
+    """Waits now and then, or fails: before something is done, or after it."""
 
     def __init__(self, random: Random) -> None:
         self.share, self.number = 0.0, 0
@@ -30,6 +46,8 @@ class Failures:
 
     @contextmanager
     def around(self) -> Iterator[None]:
+        if self._random.random() < PAUSED:
+            time.sleep(self._random.random() / 500)  # so that another one comes in between
         self._fail()
         yield
         self._fail()
@@ -69,21 +87,26 @@ class FailingBucket(Bucket):
 
 
 class Expected:
-    """What may be there, by what was acknowledged."""
+    """What may be there, by what was acknowledged; with `rules`, collections remove images, too."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, rules: bool) -> None:
         self.held: dict[Key, str | None] = {}  # what was read last
-        self.images: dict[str, list[str]] = {}  # the blobs that each manifest names
+        self.images: dict[str, Made] = {}
         self.wrong: list[str] = []
+        self.rules = rules
         self._clock = clock
         self._used: dict[Key, float] = {}
+        self._begun: dict[Key, float] = {}  # when somebody began to push it last
         self._done: list[tuple[Key, str | None, bool]] = []  # in this round, and whether that is sure
         self._unknown: list[tuple[Key, str]] = []
+        self._conditional: list[tuple[Key, Conditions, bool]] = []
         self._whole: set[Key] = set()  # manifests all of whose blobs are there
 
     def may(self, key: Key, value: str | None) -> None:
         """Something was begun; None is a deletion."""
         self._done.append((key, value, False))
+        if value is not None:
+            self._begun[key] = self._clock()
 
     def did(self, key: Key, value: str | None) -> None:
         """It was acknowledged, or seen by one who may rely on it."""
@@ -93,39 +116,121 @@ class Expected:
         """A client was told that there is none."""
         self._unknown.append((key, why))
 
+    def conditional(self, key: Key, when: Conditions, done: bool) -> None:
+        """A push with a condition was done, or refused because of that."""
+        if when:
+            self._conditional.append((key, when, done))
+
     def keys(self) -> set[Key]:
         return {*self.held, *(key for key, _, _ in self._done), *(key for key, _ in self._unknown)}
 
-    def compare(self, found: dict[Key, str | None], collected: bool, what: str) -> None:
-        """At the end of a round."""
+    def compare(self, found: dict[Key, str | None], collected: bool, erased: bool, what: str) -> None:
+        """At the end of a round, in which a collection ran, or an operator deleted, among `what` ran."""
+        kept, fixed = self._kept(erased), self._fixed()
         for key, seen in found.items():
             sure = {value for each, value, is_sure in self._done if each == key and is_sure}
             may = {value for each, value, _ in self._done if each == key}
             may |= sure or {self.held.get(key)}
-            taken = collected and not self._is_kept(key)
-            if taken and not sure:
+            taken = collected and key not in kept and not self._is_needed(key, kept)
+            if (taken and not sure) or (erased and key[0] != "blob" and key not in fixed):
                 may.add(None)
-            if seen not in may:
-                self.wrong.append(f"{what}: {key} is {seen}, and may be {may}")
+            if seen not in may or (_is_fixed(key) and self.held.get(key) not in (None, seen)):
+                self.wrong.append(f"{what}: {key} was {self.held.get(key)}, is {seen}, and may be {may}")
             told = [why for each, why in self._unknown if each == key]
             if told and self.held.get(key) and not taken and None not in may:
                 self.wrong.append(f"{what}: {key} was unknown to {told}")
-        self.held = found
+            self._compare_conditional(key, taken or None in may, what)
         self._used.update((key, self._clock()) for key, value, is_sure in self._done if is_sure and value)
-        self._done, self._unknown = [], []
+        if not collected and not erased:  # what loses a tag is kept from then on
+            lost = {key: value for key, value in self.held.items() if key[0] == "tag" and value != found[key]}
+            self._used.update(
+                (("manifest", key[1], str(value)), self._clock()) for key, value in lost.items()
+            )
+        self.held = found
+        self._done, self._unknown, self._conditional = [], [], []
         self._whole = {
-            (kind, repository, digest)
-            for (kind, repository, digest), seen in found.items()
-            if kind == "manifest"
+            each
+            for each, seen in found.items()
+            if each[0] == "manifest"
             and seen
-            and all(found.get(("blob", repository, each)) for each in self.images[digest])
+            and all(found.get(("blob", each[1], blob)) for blob in self.images[each[2]].blobs)
         }
 
-    def _is_kept(self, key: Key) -> bool:
-        """Whether collection must keep it: it was used lately, or is named by an image that stays."""
+    def _compare_conditional(self, key: Key, may_go: bool, what: str) -> None:
+        held = self.held.get(key)
+        begun = [value for each, value, sure in self._done if each == key and value and not sure]
+        asked = [(when, done) for each, when, done in self._conditional if each == key]
+        created = [done for when, done in asked if when == ANY and done]
+        if not may_go and len(created) > (held is None):
+            self.wrong.append(f"{what}: {key} was {held}, and was created {len(created)} times")
+        for when, done in asked:
+            match = when.match or set()
+            if when == ANY:
+                wrong = not done and held is None and len(begun) < 2
+            elif done:
+                wrong = held not in match and match.isdisjoint(begun)
+            else:
+                wrong = held in match and not may_go and len(begun) < 2
+            if wrong:
+                self.wrong.append(f"{what}: {key} was {held}, and a push was {done} for {when}")
+
+    # What stays
+
+    def _kept(self, erased: bool) -> set[Key]:
+        """The tags and manifests that no collection removes."""
+        if erased:
+            return self._fixed()
+        gone = {key for key, value, _ in self._done if value is None}
+        changed = {key for key, _, _ in self._done}
+        held = {key for key, seen in self.held.items() if seen}
+        tags = {key for key in held - changed if key[0] == "tag"}
+        manifests = {key for key in held - gone if key[0] == "manifest"}
+        if not self.rules:
+            return tags | manifests
+        tags = {each for each in tags if _is_fixed(each) or self._is_young(each) or self._is_newest(each)}
+        roots = {("manifest", each[1], str(self.held[each])) for each in tags}
+        roots |= {each for each in manifests if self._is_young(each)}
+        return tags | self._reach(roots, manifests)
+
+    def _reach(self, roots: set[Key], manifests: set[Key]) -> set[Key]:
+        found, steps = set[Key](), [*roots]
+        while steps:
+            if (key := steps.pop()) in manifests and key not in found:
+                found.add(key)
+                children = self.images[key[2]].children
+                steps += [("manifest", key[1], each) for each in children]
+                steps += [
+                    each for each in manifests if each[1] == key[1] and self.images[each[2]].subject == key[2]
+                ]
+        return found
+
+    def _fixed(self) -> set[Key]:
+        """The immutable tags, and the manifests that they keep, whatever an operator deletes."""
+        tags = {key for key, seen in self.held.items() if _is_fixed(key) and seen}
+        gone = {key for key, value, _ in self._done if value is None}
+        manifests = {key for key, seen in self.held.items() if key[0] == "manifest" and seen} - gone
+        return tags | self._reach({("manifest", key[1], str(self.held[key])) for key in tags}, manifests)
+
+    def _is_young(self, key: Key) -> bool:
+        return self._clock() <= self._used.get(key, 0.0) + GRACE
+
+    def _is_newest(self, key: Key) -> bool:
+        """Whether it is the tag of its repository that was pushed last, which the rules keep."""
+        others = [
+            at
+            for each, at in self._begun.items()
+            if each[:2] == key[:2] and each != key and not _is_fixed(each)
+        ]
+        return self._used.get(key, 0.0) > max(others, default=0.0)
+
+    def _is_needed(self, key: Key, kept: set[Key]) -> bool:
+        """Whether it is a blob that was used lately, or is named by an image that stays."""
         kind, repository, digest = key
-        if kind != "blob" or self._clock() <= self._used.get(key, 0.0) + GRACE:
-            return True
-        gone = {each for each, value, _ in self._done if value is None}
-        named = {each for each in self._whole - gone if each[1] == repository}
-        return any(digest in self.images[manifest] for _, _, manifest in named)
+        if kind != "blob":
+            return False
+        images = [each[2] for each in self._whole & kept if each[1] == repository]
+        return self._is_young(key) or any(digest in self.images[each].blobs for each in images)
+
+
+def _is_fixed(key: Key) -> bool:
+    return key[0] == "tag" and IMMUTABLE.fullmatch(key[2]) is not None

@@ -2,15 +2,15 @@
 
 In rounds: in each, one to six operations run at once, on a registry whose content is in files or in a bucket,
 or on two servers over one bucket and one database.  Uploads in pieces, of which several requests go on with
-one; mounts, images, deletions, pulls, collections, and the removal of what was abandoned.  A transaction or
-an object may fail, or succeed and look as if it had failed.  After each round all is read and compared with
+one; mounts, images, deletions, pulls, collections with and without rules, and the removal of what was
+abandoned.  Images have referrers, tags that are immutable, and conditions.  A transaction or an object may
+fail, or succeed and look as if it had failed.  After each round all is read and compared with
 what may be there, and up to two days pass.  At the end nothing may be left but what is in use.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import platform
 import shlex
@@ -23,12 +23,11 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import click
 import structlog
 
-from proxy.namespaces.hosted import Hosted
+from proxy.namespaces.hosted import Hosted, PushRules
 from storage.bucket.blobs import BucketBlobs
 from storage.concurrency import run_in_thread, uninterrupted
 from storage.content import BlobContent
@@ -37,51 +36,38 @@ from storage.errors import (
     BlobUnknown,
     BlobUploadUnknown,
     DigestInvalid,
-    ManifestBlobUnknown,
     ManifestUnknown,
     StorageFailed,
     Unavailable,
 )
-from storage.keys import LEFTOVER, OBJECT, UPLOAD
+from storage.keys import LEFTOVER, MANIFEST, OBJECT, UPLOAD
 from storage.maintenance.collection import Collection
 from storage.maintenance.leases import Leases
 from storage.maintenance.retention import RetentionRules
-from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
+from storage.oci import Digest, Tag
 from storage.registry import Upload
 from storage.store import Store
 from storage.values import StoredObject
 from tests.bench.clients import BenchError
-from tests.bench.expected import GRACE, Expected, FailingBucket, FailingRecords, Failures, Key
-from tests.conftest import Clock
+from tests.bench.expected import GRACE, IMMUTABLE, RULES, FailingBucket, FailingRecords, Key
+from tests.bench.image_writes import REPOSITORIES, ImageWrites, Server
 from tests.counted import counts, plain, totals
 
 DAY = 86400.0
 PIECE = 20_000  # bytes that are written at a time
-REPOSITORIES, TAGS = ("a", "b"), (Tag("x"), Tag("y"))
-SIZES = (0, 10, 3000, 50_000)  # bytes of blobs
 PAUSES = (0, 0, 1, 60, 3600, DAY / 3, 0.7 * DAY, 1.7 * DAY)  # seconds between two rounds
 FAILING = (0.0, 0.0, 0.05, 0.25)  # the share of what fails, in a round
 
 
-class Server(NamedTuple):
-    hosted: Hosted
-    store: Store
-    collection: Collection
-
-
-class Run:
+class Run(ImageWrites):
     """Rounds on the `servers`, which are in `place`."""
 
     def __init__(self, kind: str, place: Path, random: Random) -> None:
-        self.clock = Clock()
-        self.expected = Expected(self.clock)
-        self.failures = Failures(Random(random.random()))
+        super().__init__(place, random)
         self.done: Counter[str] = Counter()
-        self._random = random
-        self._place = place
         self._records = FailingRecords(place / "records", self.clock, self.failures, kind == "two servers")
         self._servers = [self._server(kind, name) for name in ("one", "other")[: 1 + (kind == "two servers")]]
-        self._blobs = {str(Digest.of(each)): each for each in map(random.randbytes, SIZES)}
+        self._files = kind == "files"
         self._uploads: dict[str, tuple[str, bytes]] = {}  # the repository, and what is to be sent
         self._favourite = ""  # an upload of which several requests are likely
 
@@ -92,15 +78,16 @@ class Run:
             files = BucketBlobs(bucket, self._records, self._place / name, self.clock, ticks=self.clock)
         store = Store(files, self._records, self.clock, collected=True)
         leases = Leases(store, GRACE, self.clock)
-        collection = Collection(
-            store, lambda name: RetentionRules(), leases, self.clock, lambda seconds: None
-        )
-        return Server(Hosted("local", store, leases, clock=self.clock), store, collection)
+        rules = RULES if self.expected.rules else RetentionRules()
+        collection = Collection(store, lambda name: rules, leases, self.clock, lambda seconds: None)
+        pushed = PushRules(immutable=(IMMUTABLE,))
+        return Server(Hosted("local", store, leases, pushed, clock=self.clock), store, collection)
 
     async def round(self) -> None:
         kinds: list[Callable[[Server, str], Awaitable[None]]] = [self.begin] * 2 + [self.go_on] * 7
-        kinds += [self.finish] * 7 + [self.cancel, self.push] + [self.mount] * 3 + [self.image] * 4
-        kinds += [self.delete] * 3 + [self.pull] * 4 + [self.reap, self.collect] * 2
+        kinds += [self.finish] * 7 + [self.cancel, self.push] + [self.mount] * 3 + [self.image] * 8
+        kinds += [self.delete] * 3 + [self.pull] * 4 + [self.pull_image] * 2 + [self.reap, self.collect] * 2
+        kinds += [self.erase] + [self.take_over] * self._files
         chosen = [self._random.choice(kinds) for _ in range(self._random.randint(1, 6))]
         self.failures.share = self._random.choice(FAILING)
         if self._random.random() < 0.3:
@@ -110,7 +97,8 @@ class Run:
         keys, what = self.expected.keys(), ", ".join(each.__name__ for each in chosen)
         for server in self._servers:
             found = {key: await self._read(server.store, key) for key in keys}
-            self.expected.compare(found, self.collect in chosen, what)
+            self.expected.compare(found, self.collect in chosen, self.erase in chosen, what)
+            self.compare_referrers(server.store, found, what)
         self.clock.advance(self._random.choice(PAUSES))
 
     async def _try(self, operation: Callable[[Server, str], Awaitable[None]]) -> None:
@@ -124,6 +112,10 @@ class Run:
         with suppress(BlobUnknown, ManifestUnknown):
             if kind != "blob":
                 reference = Tag(name) if kind == "tag" else Digest(name)
+                if kind == "tag" and (pointer := store.pointer(f"local/{repository}", Tag(name))):
+                    reference = pointer.digest
+                    if not store.records.holds(MANIFEST.key(f"local/{repository}", reference)):
+                        return "nothing"
                 return str(store.manifest(f"local/{repository}", reference)[0].digest)
             blob = await store.get_blob(f"local/{repository}", Digest(name))
             try:
@@ -214,44 +206,6 @@ class Run:
             self.expected.did(key, digest)
         except BlobUnknown:
             self.expected.unknown(("blob", source, digest), "a mount")
-
-    async def image(self, server: Server, repository: str) -> None:
-        named = self._random.sample([*self._blobs], self._random.choice((1, 1, 2)))
-        layers = [{"mediaType": "x/y", "digest": each, "size": len(self._blobs[each])} for each in named]
-        tree = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": layers[0], "layers": layers}
-        manifest = Manifest.of(OCI_MANIFEST, json.dumps(tree).encode())
-        tag, digest = self._random.choice((None, *TAGS)), str(manifest.digest)
-        self.expected.images[digest] = named
-        keys: list[Key] = [("manifest", repository, digest), *([("tag", repository, tag)] if tag else [])]
-        for key in keys:
-            self.expected.may(key, digest)
-        try:
-            await uninterrupted(server.hosted.push_manifest(repository, tag or manifest.digest, manifest))
-            for key in keys:
-                self.expected.did(key, digest)
-        except ManifestBlobUnknown as error:
-            for each in error.missing:
-                self.expected.unknown(("blob", repository, each), "an image")
-
-    async def delete(self, server: Server, repository: str) -> None:
-        kind = self._random.choice(("blob", "manifest", "tag"))
-        names = {"blob": [*self._blobs], "manifest": [*self.expected.images], "tag": [*TAGS]}[kind]
-        if not names:
-            return
-        name = self._random.choice(names)
-        self.expected.may(key := (kind, repository, name), None)
-        if kind == "manifest":
-            for tag in TAGS:
-                self.expected.may(("tag", repository, tag), None)  # if it is one of its tags
-        try:
-            if kind == "blob":
-                await uninterrupted(server.hosted.delete_blob(repository, Digest(name)))
-            else:
-                reference = Tag(name) if kind == "tag" else Digest(name)
-                await uninterrupted(server.hosted.delete_manifest(repository, reference))
-            self.expected.did(key, None)
-        except (BlobUnknown, ManifestUnknown):
-            self.expected.unknown(key, "a deletion")
 
     async def pull(self, server: Server, repository: str) -> None:
         key = ("blob", repository, self._random.choice([*self._blobs]))

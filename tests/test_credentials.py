@@ -392,6 +392,13 @@ async def test_helper(program: Program, host: str, key: str) -> None:
     assert asked.read_text() == f"get {key}\n"
 
 
+async def test_helper_in_which_podman_has_logged_in_to_docker_hub(program: Program) -> None:
+    missing = "echo credentials not found in native keychain; exit 1"
+    asked = program(f'[ "$host" = docker.io ] || {{ {missing}; }}\n{ANSWER}')
+    assert await Helper("test").get(HUB) == Credential("ci", "helped")
+    assert asked.read_text() == "get https://index.docker.io/v1/\nget docker.io\n"
+
+
 async def test_helper_with_an_identity_token(program: Program) -> None:
     program("""echo '{"Username": "<token>", "Secret": "refresh"}'""")
     assert await Helper("test").get("ghcr.io") == Credential("", "", "refresh")

@@ -36,9 +36,11 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-# Docker Hub has several names, and Docker keeps its credentials under the address of its former API.
+# Docker Hub has several names.  Docker keeps its credentials under the address of its former API, podman in
+# a helper under its name.
 HUB_KEY = "https://index.docker.io/v1/"
 HUB_HOSTS = frozenset((DOCKER_HUB, *DOCKER_HUB_ALIASES))
+_HUB_HELPED = (HUB_KEY, DOCKER_HUB)
 
 HELPER_LIFETIME = 300.0  # seconds; the output does not state how long it is valid
 HELPER_TIMEOUT = 30.0  # seconds
@@ -171,8 +173,10 @@ class Helper(Credentials):
         self._answers.clear()
 
     async def _ask(self, host: str) -> _HelperOutput:
+        credential = None
         try:
-            credential = await self._run(HUB_KEY if host in HUB_HOSTS else host)
+            for key in _HUB_HELPED if host in HUB_HOSTS else (host,):
+                credential = credential or await self._run(key)
         except OriginDenied as error:
             return _HelperOutput(until=self._clock(), error=str(error))
         return _HelperOutput(until=self._clock() + self._lifetime, credential=credential)

@@ -622,6 +622,7 @@ async def test_a_summary_begun_before_a_purge_is_not_kept(
     assert (await site.get("/api/v1/repositories"))["repositories"] == []
 
 
+@pytest.mark.clients
 async def test_summaries_do_not_pile_up(admin: Open) -> None:
     site = await admin()
     held = site.client.server.app["cache"]._cache  # type: ignore[union-attr]

@@ -339,6 +339,7 @@ patterns = st.sampled_from(["local/*", "local/team/*", "local/team/app", "re:loc
 names = st.sampled_from(["local/team/app", "local/team/other", "local/x/app", "other/app", "local/team"])
 
 
+@pytest.mark.clients
 @given(patterns, st.sets(st.sampled_from(ACTIONS), min_size=1), names)
 def test_a_key_may_what_its_scope_says(pattern: str, actions: set[Any], name: str) -> None:
     scope = key_scope(f"repository:{pattern}:{','.join(sorted(actions))}")

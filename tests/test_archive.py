@@ -160,6 +160,7 @@ def test_what_is_not_there_at_all(tmp_path: Path) -> None:
         open_archive(tmp_path / "none.tar", tmp_path)
 
 
+@pytest.mark.clients
 def test_a_bomb_is_put_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "INFLATION_FREE", 4 << 20)
     path = tmp_path / "bomb.tar.gz"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +70,7 @@ scopes = st.lists(
 )
 
 
+@pytest.mark.clients
 @given(st.lists(rules, max_size=3), st.sampled_from([Principal(), ALICE, KEY]), scopes)
 def test_a_token_is_granted_what_is_asked_for_and_what_the_rules_grant(
     given_rules: list[Rule], principal: Principal, asked: list[str]

@@ -93,6 +93,7 @@ async def test_what_is_asked_for_a_small_blob(place: Place) -> None:
     assert place.fake.asked == [f"GET {key}", f"GET {key} bytes=5-8", f"HEAD {key}"]
 
 
+@pytest.mark.clients
 async def test_a_large_blob_is_put_in_parts(place: Place) -> None:
     digest = await place.put(LARGE)
     assert [each.split(" ")[0] for each in place.fake.asked] == ["POST", "PUT", "PUT", "PUT", "POST"]
@@ -337,6 +338,7 @@ async def test_housekeeping_sees_that_a_bucket_works_again(place: Place) -> None
     assert place.troubles == []
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("cut", [1, CHUNK + 1, 3 * CHUNK])
 async def test_reading_goes_on_where_it_broke_off(place: Place, cut: int) -> None:
     digest = await place.put(LARGE)

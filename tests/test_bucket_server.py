@@ -100,6 +100,7 @@ async def registry(
         yield Registry(site, fake)
 
 
+@pytest.mark.clients
 async def test_an_image_is_pushed_and_pulled(registry: Registry) -> None:
     layer = await registry.push_image()
     assert sorted(key.split(".")[0] for key in registry.fake.objects) == sorted(
@@ -126,6 +127,7 @@ async def test_an_image_is_pushed_and_pulled(registry: Registry) -> None:
     assert (await registry.ask("GET", path, Range=f"bytes={len(LAYER)}-")).status == 416
 
 
+@pytest.mark.clients
 async def test_an_upload_in_chunks(registry: Registry) -> None:
     begun = await registry.ask("POST", f"{APP}/blobs/uploads/")
     where, half = begun.headers["Location"], len(LAYER) // 2
@@ -138,6 +140,7 @@ async def test_an_upload_in_chunks(registry: Registry) -> None:
     assert (await registry.ask("GET", f"{APP}/blobs/{digest}")).content_read == LAYER
 
 
+@pytest.mark.clients
 async def test_a_mount_asks_the_bucket_for_no_more_than_a_look(registry: Registry) -> None:
     layer = await registry.push_image()
     registry.fake.asked.clear()
@@ -146,6 +149,7 @@ async def test_a_mount_asks_the_bucket_for_no_more_than_a_look(registry: Registr
     assert [each.split(" ")[0] for each in registry.fake.asked] == ["HEAD"]
 
 
+@pytest.mark.clients
 async def test_what_is_deleted_is_collected(registry: Registry) -> None:
     layer = await registry.push_image()
     assert (await registry.ask("DELETE", f"{APP}/manifests/{Digest.of(image(layer))}")).status == 202
@@ -158,6 +162,7 @@ async def test_what_is_deleted_is_collected(registry: Registry) -> None:
     assert (await registry.ask("GET", f"{APP}/blobs/{layer}")).content_read == LAYER
 
 
+@pytest.mark.clients
 async def test_a_pull_keeps_what_it_pulls(registry: Registry) -> None:
     layer = await registry.push_image()
     await registry.ask("DELETE", f"{APP}/manifests/{Digest.of(image(layer))}")
@@ -167,6 +172,7 @@ async def test_a_pull_keeps_what_it_pulls(registry: Registry) -> None:
     assert (await registry.ask("GET", f"{APP}/blobs/{layer}")).content_read == LAYER
 
 
+@pytest.mark.clients
 @pytest.mark.errors("bucket.failed")
 async def test_a_bucket_that_is_down(registry: Registry) -> None:
     layer = await registry.push_image()
@@ -199,6 +205,7 @@ async def test_nothing_is_kept_of_what_no_client_can_finish(registry: Registry) 
     assert list((registry.site.directory / "private" / "partial").iterdir()) == []
 
 
+@pytest.mark.clients
 async def test_a_pin_counts_what_it_matches_here(registry: Registry) -> None:
     await registry.push_image()
     url = registry.site.app.admin_url
@@ -209,6 +216,7 @@ async def test_a_pin_counts_what_it_matches_here(registry: Registry) -> None:
     assert counts == [1, 1, 2]
 
 
+@pytest.mark.clients
 async def test_a_restart_finds_all(registry: Registry, serve: Serve, upstream: Upstream) -> None:
     layer = await registry.push_image()
     await registry.site.app.stop()
@@ -217,6 +225,7 @@ async def test_a_restart_finds_all(registry: Registry, serve: Serve, upstream: U
     assert (await again.get(f"{APP}/blobs/{layer}"))[2] == LAYER
 
 
+@pytest.mark.clients
 async def test_content_is_either_here_or_there(registry: Registry) -> None:
     await registry.push_image()
     directory, store = registry.site.directory, {"namespaces": {"local": {"store": {}}}}

@@ -289,6 +289,7 @@ async def test_what_was_pushed_goes_too(serve: Serve, upstream: Upstream, tmp_pa
     assert await other.pulled("/v2/local/team/app/manifests/1")
 
 
+@pytest.mark.clients
 async def test_a_large_archive_is_never_in_memory_as_a_whole(far: Far, tmp_path: Path) -> None:
     """In pieces both ways: what a piece may have is bounded, whatever there is."""
     made = image(os.urandom(20 << 20))

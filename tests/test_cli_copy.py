@@ -247,6 +247,7 @@ async def test_each_repository_has_the_login_of_the_key_that_fits_best(
 # Our own server at either end
 
 
+@pytest.mark.clients
 async def test_into_a_namespace_of_our_own_and_out_again(
     serve: Serve, upstream: Upstream, destination: Upstream
 ) -> None:

@@ -41,6 +41,7 @@ POD = "kind: Pod\nspec:\n  containers:\n  - image: docker.io/team/new:1\n"
 # warm
 
 
+@pytest.mark.clients
 async def test_warm_fetches_what_is_named_in_all_ways(
     shop: Shop, upstream: Upstream, file: Callable[[str], str]
 ) -> None:
@@ -64,6 +65,7 @@ async def test_warm_fetches_what_is_named_in_all_ways(
     assert not [each for each in upstream.log if "GET blob" in each]
 
 
+@pytest.mark.clients
 async def test_warm_names_what_is_not_here_and_why(
     shop: Shop, upstream: Upstream, file: Callable[[str], str]
 ) -> None:

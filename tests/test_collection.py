@@ -167,6 +167,7 @@ def test_names_are_told_by_64_bits() -> None:
     assert found.names.itemsize == 8
 
 
+@pytest.mark.clients
 def test_the_graph_takes_little_memory(place: Place) -> None:
     count = 1000
 

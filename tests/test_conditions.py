@@ -78,6 +78,7 @@ def filled(lines: tuple[str, ...], digest: Digest) -> tuple[str, ...]:
     return tuple(line.replace("{}", digest) for line in lines)
 
 
+@pytest.mark.clients
 async def test_writes(client: Client) -> None:
     """A write of which a precondition is false is refused, and not done."""
     contents = others()
@@ -105,6 +106,7 @@ async def test_writes(client: Client) -> None:
                 assert (await wire.ask("HEAD", path)).status == (200 if absent else 404), given
 
 
+@pytest.mark.clients
 async def test_deletions_of_manifests_and_blobs(client: Client) -> None:
     contents = others()
     async with connect(client.site.url) as wire:

@@ -33,6 +33,7 @@ async def blob_of(registry: Registry, content: bytes = LAYER) -> str:  # noqa: F
     return f"{APP}/blobs/{digest}"
 
 
+@pytest.mark.clients
 async def test_a_push_leaves_a_copy(registry: Registry) -> None:  # noqa: F811
     digest = await registry.push(LAYER)
     await registry.site.app.composition.copies.settled()
@@ -57,6 +58,7 @@ async def test_a_pull_leaves_a_copy_that_others_follow(registry: Registry) -> No
     assert len(registry.fake.asked) == 1
 
 
+@pytest.mark.clients
 async def test_copies_are_not_listed_as_a_repository(registry: Registry) -> None:  # noqa: F811
     await registry.push_image()
     await registry.site.app.composition.copies.settled()
@@ -67,6 +69,7 @@ async def test_copies_are_not_listed_as_a_repository(registry: Registry) -> None
     assert [each["repository"] for each in found["repositories"]] == ["local/team/app"]
 
 
+@pytest.mark.clients
 async def test_sha512_is_copied(registry: Registry) -> None:  # noqa: F811
     digest = Digest(f"sha512:{hashlib.sha512(LAYER).hexdigest()}")
     made = await registry.ask("POST", f"{APP}/blobs/uploads/?digest={digest}", LAYER)
@@ -77,6 +80,7 @@ async def test_sha512_is_copied(registry: Registry) -> None:  # noqa: F811
     assert registry.copies == {str(digest)}
 
 
+@pytest.mark.clients
 async def test_a_range_is_read_as_a_range(registry: Registry) -> None:  # noqa: F811
     path = await blob_of(registry)
     part = await registry.ask("GET", path, Range="bytes=100-199")
@@ -89,6 +93,7 @@ async def test_a_range_is_read_as_a_range(registry: Registry) -> None:  # noqa: 
     assert registry.copies == {path.rpartition("/")[2]}
 
 
+@pytest.mark.clients
 async def test_records_decide_who_may_have_a_copy(registry: Registry) -> None:  # noqa: F811
     layer = await registry.push_image()
     await registry.site.app.composition.copies.settled()
@@ -102,6 +107,7 @@ async def test_records_decide_who_may_have_a_copy(registry: Registry) -> None:  
         assert (await registry.ask("GET", f"/v2/{name}/blobs/{layer}")).status in (400, 404)
 
 
+@pytest.mark.clients
 async def test_what_is_collected_is_not_served_of_a_copy(registry: Registry) -> None:  # noqa: F811
     layer = await registry.push_image()
     assert (await registry.ask("DELETE", f"{APP}/manifests/{Digest.of(image(layer))}")).status == 202
@@ -111,6 +117,7 @@ async def test_what_is_collected_is_not_served_of_a_copy(registry: Registry) -> 
     assert (await registry.ask("GET", f"{APP}/blobs/{layer}")).status == 404
 
 
+@pytest.mark.clients
 @pytest.mark.errors("bucket.failed")
 async def test_copies_are_served_while_the_bucket_is_down(registry: Registry) -> None:  # noqa: F811
     path = await blob_of(registry, other := os.urandom(70_000))
@@ -253,6 +260,7 @@ async def test_a_small_blob_is_served_from_a_disk_that_fails(
     assert registry.copies == set()
 
 
+@pytest.mark.clients
 @pytest.mark.errors("fill.failed")
 async def test_wrong_content_of_the_bucket_is_no_copy(registry: Registry) -> None:  # noqa: F811
     path = await blob_of(registry)
@@ -265,6 +273,7 @@ async def test_wrong_content_of_the_bucket_is_no_copy(registry: Registry) -> Non
     assert (await registry.ask("GET", path)).content_read == LAYER
 
 
+@pytest.mark.clients
 async def test_a_damaged_copy_is_replaced(registry: Registry) -> None:  # noqa: F811
     digest = await registry.push(LAYER)
     composition = registry.site.app.composition
@@ -278,6 +287,7 @@ async def test_a_damaged_copy_is_replaced(registry: Registry) -> None:  # noqa: 
     assert copy.stat().st_size == len(LAYER)
 
 
+@pytest.mark.clients
 async def test_a_transfer_that_breaks_off_continues(registry: Registry) -> None:  # noqa: F811
     path = await blob_of(registry)
     registry.fake.cut = 5 << 20

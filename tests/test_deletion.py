@@ -103,6 +103,7 @@ steps = st.one_of(
 )
 
 
+@pytest.mark.clients
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(done=st.lists(steps, max_size=25), made=st.integers(0, 25))
 def test_the_index_has_what_a_scan_finds(tmp_path: Path, done: list[Any], made: int) -> None:

@@ -240,6 +240,7 @@ async def pull_again(site: Site, image: Any) -> None:
     assert await pulled(site, image.layers[0])
 
 
+@pytest.mark.clients
 @pytest.mark.errors("disk.failed")
 async def test_fills_in_flight_have_their_room(
     disk: Path, serve: Serve, upstream: Upstream, events: LogCapture
@@ -262,6 +263,7 @@ async def test_fills_in_flight_have_their_room(
     assert said(events, *TOLD) == [("disk.failed", FULL)]
 
 
+@pytest.mark.clients
 @pytest.mark.errors("disk.failed")
 async def test_who_follows_another_process_goes_on_too(disk: Path, serve: Serve, upstream: Upstream) -> None:
     """A lock belongs to an open file: two servers in one process are as far apart as two processes."""
@@ -557,6 +559,7 @@ async def test_records_that_are_damaged_are_moved_aside_and_begun_anew(
     assert said(events, *TOLD) == [("records.damaged", None)]
 
 
+@pytest.mark.clients
 @pytest.mark.errors("records.damaged")
 async def test_what_could_be_read_is_served_offline(serve: Serve, upstream: Upstream) -> None:
     images = [upstream.image(NAME, f"v{number}", [b"%d" % number]) for number in range(60)]

@@ -169,6 +169,7 @@ def _logged() -> set[str]:
     return found
 
 
+@pytest.mark.clients
 def test_every_event_is_described() -> None:
     text = (ROOT / "docs/operations.md").read_text()
     logged = _logged()

@@ -58,6 +58,7 @@ async def parts(fake: FakeBucket, keys: bool = True) -> Check:
     return next(each for each in checks if "parts of interrupted uploads" in each.message)
 
 
+@pytest.mark.clients
 async def test_who_removes_the_parts_of_interrupted_uploads(
     fake: FakeBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ async def test_what_a_failed_condition_leaves_is_deleted(fake: FakeBucket) -> No
     assert fake.objects == {}
 
 
+@pytest.mark.clients
 async def test_a_bucket_of_other_records_is_named(fake: FakeBucket, tmp_path: Path) -> None:
     async def state() -> str:
         endpoint, key = f"http://127.0.0.1:{fake.port}", Secret("a")

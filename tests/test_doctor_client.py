@@ -392,6 +392,7 @@ def named(checks: list[Check], name: str) -> dict[str, Check]:
     return {each.subject: each for each in checks if each.name == name}
 
 
+@pytest.mark.clients
 async def test_all_comes_through(cache: Cache, upstream: Upstream) -> None:
     found = await cache.look()
     assert (states(found), cache.status) == ([], 0)
@@ -512,6 +513,7 @@ def puller(url: str) -> str:
         """
 
 
+@pytest.mark.clients
 async def test_a_client_pulls_itself(cache: Cache, path: Path) -> None:
     program(path, "podman", puller(cache.site.url))
     program(path, "docker", "")  # it has it already, or from elsewhere
@@ -524,6 +526,7 @@ async def test_a_client_pulls_itself(cache: Cache, path: Path) -> None:
     assert cache.status == 1
 
 
+@pytest.mark.clients
 async def test_whether_it_came_through_may_not_be_seen(cache: Cache, path: Path) -> None:
     program(path, "podman", puller(cache.site.url))
     found = named(await cache.look("--pull", "alpine:3"), "pull")

@@ -314,6 +314,7 @@ async def test_what_goes_is_told(place: Place, events: LogCapture) -> None:
 # What it costs
 
 
+@pytest.mark.clients
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), max_size=40))
 def test_what_is_stored_is_known_after_a_look_at_what_changed_without_a_record(

@@ -136,6 +136,7 @@ async def put(upload: SparseUpload, *spans: tuple[int, int], content: bytes = CO
     await upload._flushed()
 
 
+@pytest.mark.clients
 @given(st.permutations(range(10)), st.integers(0, 10), st.booleans())
 async def test_any_order_and_a_break(order: list[int], killed: int, kindly: bool) -> None:
     import tempfile

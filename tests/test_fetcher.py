@@ -916,6 +916,7 @@ async def test_a_range_that_the_blob_has_not_holds_up_no_other(rig: Rig, upstrea
     await rig.fills.ended(digest)
 
 
+@pytest.mark.clients
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     spans=st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 3000), st.booleans()), max_size=12),

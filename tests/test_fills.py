@@ -467,6 +467,7 @@ async def test_a_range_near_the_frontier_waits_for_the_fill(serve: Serve, upstre
     assert upstream.log == [f"GET blob a/b@{short(digest)}"]
 
 
+@pytest.mark.clients
 async def test_a_range_far_ahead_is_fetched_at_once_and_kept(serve: Serve, upstream: Upstream) -> None:
     content = content_of(18 << 20)
     digest = upstream.blob("a/b", content)

@@ -453,6 +453,7 @@ async def test_private_registries_of_their_own_are_collected_by_each(
 # Replicas that were down
 
 
+@pytest.mark.clients
 async def test_one_that_was_down_does_what_it_has_missed(
     fleet: Replicas, upstream: Upstream, clock: Clock
 ) -> None:

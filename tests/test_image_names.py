@@ -27,6 +27,7 @@ images = st.one_of(
 )
 
 
+@pytest.mark.clients
 @given(images, tags | digests)
 def test_parse_is_the_inverse_of_written(image: tuple[str, str], reference: Tag | Digest) -> None:
     host, repository = image
@@ -38,6 +39,7 @@ def test_parse_is_the_inverse_of_written(image: tuple[str, str], reference: Tag 
     assert parse(str(name)) == name
 
 
+@pytest.mark.clients
 @given(images, st.none() | tags, st.none() | digests)
 def test_split_is_the_inverse_of_written(
     image: tuple[str, str], tag: Tag | None, digest: Digest | None

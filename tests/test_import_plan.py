@@ -624,6 +624,7 @@ async def test_indexes_within_indexes(site: Site) -> None:
     await site.holds(NAME, deepest.digest, deepest)
 
 
+@pytest.mark.clients
 async def test_a_bomb_is_put_out(site: Site) -> None:
     bomb = io.BytesIO()
     with gzip.GzipFile(fileobj=bomb, mode="wb") as file:

@@ -335,6 +335,7 @@ class Asked(NamedTuple):
     dropped: bool
 
 
+@pytest.mark.clients
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     asked=st.lists(st.builds(Asked, st.integers(0, 9999), st.integers(1, 3000), st.booleans()), max_size=12),

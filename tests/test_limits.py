@@ -303,6 +303,7 @@ def test_shares_of_what_is_held(total: int, steps: list[tuple[str, int]]) -> Non
         assert holdings.held(all_of_them) == sum(held) <= total
 
 
+@pytest.mark.clients
 async def test_ranges_of_one_blob_do_not_hold_up_another(serve: Serve, upstream: Upstream) -> None:
     size = 33 << 20  # more than comes soon
     digests = [upstream.blob("library/alpine", bytes([number]) * size) for number in range(2)]

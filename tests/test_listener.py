@@ -85,6 +85,7 @@ async def test_between_requests_a_client_may_idle_but_not_for_ever(serve: Serve,
         assert asyncio.get_running_loop().time() - begun > 0.9  # the time it has, not that for a request
 
 
+@pytest.mark.clients
 async def test_a_client_that_takes_nothing_is_cut_off(serve: Serve, upstream: Upstream) -> None:
     content = os.urandom(32 << 20)
     digest = upstream.blob("library/alpine", content)
@@ -137,6 +138,7 @@ async def test_a_client_that_takes_nothing_of_a_manifest_is_cut_off(
     assert (await site.get(LARGE))[2] == content
 
 
+@pytest.mark.clients
 async def test_a_client_that_takes_nothing_of_a_list_is_cut_off(serve: Serve, upstream: Upstream) -> None:
     names = [f"{number:0100}" for number in range(10_000)]
     for name in names:
@@ -152,6 +154,7 @@ async def test_a_client_that_takes_nothing_of_a_list_is_cut_off(serve: Serve, up
             await wire.rest()
 
 
+@pytest.mark.clients
 async def test_a_client_that_takes_nothing_of_many_small_responses_is_cut_off(
     serve: Serve, upstream: Upstream
 ) -> None:

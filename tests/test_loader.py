@@ -495,6 +495,7 @@ TEXTS = (
 )
 
 
+@pytest.mark.clients
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TEXTS)
 def test_any_text_loads_or_is_refused_in_one_line(tmp_path: Path, text: str) -> None:

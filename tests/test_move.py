@@ -160,6 +160,7 @@ def engines(request: pytest.FixtureRequest, fake: FakeBucket) -> dict[str, str]:
     return found
 
 
+@pytest.mark.clients
 async def test_there_and_back_all_is_the_same(tmp_path: Path, engines: dict[str, str]) -> None:
     alone, config = configured(tmp_path), configured(tmp_path, **engines)
     store = private_store(alone)

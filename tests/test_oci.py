@@ -174,6 +174,7 @@ _COMPONENT = st.lists(_PIECE, min_size=1, max_size=3).flatmap(
 )
 
 
+@pytest.mark.clients
 @UNTIMED
 @given(st.lists(_COMPONENT, min_size=1, max_size=4).map("/".join))
 def test_components_joined_by_slashes_are_a_name(text: str) -> None:
@@ -366,6 +367,7 @@ _JSON = st.recursive(
 )
 
 
+@pytest.mark.clients
 @UNTIMED
 @given(st.binary() | _JSON.map(lambda value: json.dumps(value).encode()))
 def test_of_garbage_comes_a_manifest_or_a_refusal(content: bytes) -> None:

@@ -149,6 +149,7 @@ async def served(serve: Serve, upstream: Upstream, name: str = "registry.ollama.
     return await serve(upstream, more={name: {"upstream": upstream.url, **keys}})
 
 
+@pytest.mark.clients
 async def test_a_model_is_pulled_cold_warm_and_offline(serve: Serve, registry: Upstream) -> None:
     model(registry, MODEL)
     ollama = Ollama(await served(serve, registry, aliases=["ollama"]), "ollama/tiny")
@@ -159,6 +160,7 @@ async def test_a_model_is_pulled_cold_warm_and_offline(serve: Serve, registry: U
     assert await ollama.pull() == cold
 
 
+@pytest.mark.clients
 async def test_a_model_that_moved_is_followed_without_its_digest(serve: Serve, registry: Upstream) -> None:
     model(registry, MODEL)
     site = await served(serve, registry, aliases=["ollama"])
@@ -172,6 +174,7 @@ async def test_a_model_that_moved_is_followed_without_its_digest(serve: Serve, r
     assert (await ollama.pull())[0] == other
 
 
+@pytest.mark.clients
 async def test_where_the_registry_redirects_the_ranges_come_to_us(serve: Serve, registry: Upstream) -> None:
     registry.cdn = True
     model(registry, MODEL)
@@ -192,6 +195,7 @@ async def test_the_location_leads_to_the_blob(serve: Serve, registry: Upstream, 
     assert (await site.get(headers["Location"], Range="bytes=7-10"))[0] == 206
 
 
+@pytest.mark.clients
 async def test_only_the_whole_of_a_blob_has_a_location(serve: Serve, registry: Upstream) -> None:
     """And that only for Ollama: some clients follow the Location of a 200 until they give up."""
     model(registry, MODEL)
@@ -210,6 +214,7 @@ async def test_only_the_whole_of_a_blob_has_a_location(serve: Serve, registry: U
 # Names
 
 
+@pytest.mark.clients
 async def test_upper_case_where_a_registry_has_it(serve: Serve, upstream: Upstream) -> None:
     name = "Someone/Llama-3.2_1B--GGUF"
     model(upstream, name, tag="Q4_K_M")
@@ -245,6 +250,7 @@ async def test_not_any_text_is_a_name(serve: Serve, upstream: Upstream, name: st
 # Pushes
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("name", ["tiny", "Mine/Tiny"])
 async def test_a_push_is_pulled_back(serve: Serve, upstream: Upstream, name: str) -> None:
     site = await serve(upstream, more={"models": {"store": {}, "names": "any"}})

@@ -185,6 +185,7 @@ def test_one_that_nobody_waits_for(all_parts: Parts, watch: Watch) -> None:
     assert all_parts.first(SIZE) is None
 
 
+@pytest.mark.clients
 @settings(max_examples=200)
 @given(
     ranges=st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)), max_size=8),

@@ -61,6 +61,7 @@ async def request(
 # What is asked of whom
 
 
+@pytest.mark.clients
 async def test_what_all_replicas_ask_for_is_fetched_once(fleet: Replicas, upstream: Upstream) -> None:
     image = image_of(upstream, b"a layer" * 1000, b"another")
     paths = ["manifests/latest", f"manifests/{image.digest}"]
@@ -77,6 +78,7 @@ async def test_what_all_replicas_ask_for_is_fetched_once(fleet: Replicas, upstre
     assert len(upstream.log) == len(paths) - 1  # the manifest has come with its tag
 
 
+@pytest.mark.clients
 async def test_what_another_replica_receives_is_followed(fleet: Replicas, upstream: Upstream) -> None:
     layer = b"0123456789abcdef" * (1 << 16)
     digest = upstream.blob("library/busybox", layer)
@@ -137,6 +139,7 @@ async def test_listings_are_asked_for_once(fleet: Replicas, upstream: Upstream) 
 # Tags
 
 
+@pytest.mark.clients
 async def test_a_tag_is_asked_for_once_a_period_over_the_fleet(
     fleet: Replicas, upstream: Upstream, clock: Clock
 ) -> None:
@@ -257,6 +260,7 @@ async def test_who_owns_it_less_does_not_answer(fleet: Replicas, upstream: Upstr
     assert upstream.log == []
 
 
+@pytest.mark.clients
 async def test_replicas_with_different_lists_do_not_wait_for_each_other(
     tmp_path: Path, clock: Clock, upstream: Upstream
 ) -> None:
@@ -281,6 +285,7 @@ async def test_replicas_with_different_lists_do_not_wait_for_each_other(
             assert (status, body) == (200, b"a layer %d" % (number // 4))
 
 
+@pytest.mark.clients
 async def test_replicas_with_all_slots_in_use_do_not_wait_for_each_other(
     tmp_path: Path, clock: Clock, upstream: Upstream
 ) -> None:
@@ -303,6 +308,7 @@ async def test_replicas_with_all_slots_in_use_do_not_wait_for_each_other(
 # When a replica does not help
 
 
+@pytest.mark.clients
 async def test_an_owner_that_is_down_is_left_out(
     fleet: Replicas, upstream: Upstream, events: LogCapture
 ) -> None:
@@ -438,6 +444,7 @@ async def test_an_account_whose_requests_are_used_up_is_not_used_by_others(
 # What clients may pull
 
 
+@pytest.mark.clients
 async def test_the_policy_is_applied_where_the_client_is(
     tmp_path: Path, clock: Clock, upstream: Upstream
 ) -> None:
@@ -494,6 +501,7 @@ async def test_who_asks_for_news_gets_those_of_the_upstream(fleet: Replicas, ups
 # What only others have
 
 
+@pytest.mark.clients
 async def test_what_any_replica_has_is_served_while_the_upstream_is_down(
     fleet: Replicas, upstream: Upstream, clock: Clock
 ) -> None:
@@ -541,6 +549,7 @@ async def test_the_remaining_requests_are_in_the_metrics_of_all(fleet: Replicas,
 # A name for all, and TLS
 
 
+@pytest.mark.clients
 async def test_replicas_that_are_found_by_a_name_and_reached_by_tls(
     tmp_path: Path, clock: Clock, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,6 +260,7 @@ def test_the_page_cache_of_each_thread_is_bounded(directory: Path) -> None:
         assert records._do(lambda cache: list(cache._sql(pragma))) == [(-2048,)]
 
 
+@pytest.mark.clients
 def test_the_page_caches_of_all_threads_together_are_bounded(tmp_path: Path) -> None:
     library = ctypes.CDLL(getattr(_sqlite3, "__file__", None))  # or part of Python itself
     library.sqlite3_memory_used.restype = ctypes.c_longlong
@@ -293,6 +294,7 @@ def test_the_page_caches_of_all_threads_together_are_bounded(tmp_path: Path) -> 
         assert one._do(lambda cache: list(cache._sql("PRAGMA soft_heap_limit"))) == [(16 << 20,)]
 
 
+@pytest.mark.clients
 @pytest.mark.errors("records.damaged")
 def test_all_but_the_damaged_pages_is_salvaged(directory: Path) -> None:
     values = filled(directory, 3000)

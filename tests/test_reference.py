@@ -50,6 +50,7 @@ def rows(page: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
 
 
+@pytest.mark.clients
 def test_every_key_of_the_configuration_is_there(pages: dict[str, str]) -> None:
     maker = _Maker()
     sections = {"": maker.section(Config), **maker.definitions}
@@ -92,6 +93,7 @@ def test_every_command_and_option_is_there(pages: dict[str, str]) -> None:
     assert seen > 40
 
 
+@pytest.mark.clients
 def test_every_event_is_there_with_its_meaning(pages: dict[str, str]) -> None:
     found = {row[0].strip("`"): row for row in rows(pages["events.md"])}
     assert found.keys() == _logged()

@@ -117,6 +117,7 @@ async def moved(site: Site, upstream: Upstream, clock: Clock, tag: str = "latest
     return old, before, day(clock)
 
 
+@pytest.mark.clients
 async def test_tags_are_pulled_as_they_were(serve: Serve, upstream: Upstream, clock: Clock) -> None:
     site = await serve(upstream)
     begun = clock.now
@@ -179,6 +180,7 @@ async def test_what_cannot_be_asked_of_the_past(
         assert response.status == status
 
 
+@pytest.mark.clients
 async def test_a_private_registry_has_a_past_too(serve: Serve, upstream: Upstream, clock: Clock) -> None:
     site = await serve(upstream, more={"local": {"store": {"sparse": True}}})
     images = [upstream.image("a/b", None, [each]) for each in (b"old", b"new")]
@@ -195,6 +197,7 @@ async def test_a_private_registry_has_a_past_too(serve: Serve, upstream: Upstrea
         assert (await site.get(f"/v2/@{date}/local/a/manifests/v1"))[2] == image.content
 
 
+@pytest.mark.clients
 async def test_the_past_is_judged_by_the_policy_of_now(
     serve: Serve, upstream: Upstream, clock: Clock
 ) -> None:
@@ -207,6 +210,7 @@ async def test_the_past_is_judged_by_the_policy_of_now(
     assert (await site.get(f"/v2/@{before}/a/b/manifests/v1"))[0] == 403
 
 
+@pytest.mark.clients
 async def test_a_tag_of_the_past_is_judged_as_that_tag_however_often_it_moved(
     serve: Serve, upstream: Upstream, clock: Clock
 ) -> None:

@@ -273,6 +273,7 @@ async def test_a_client_that_leaves_a_stored_blob_leaves_nothing_open(
         assert open_files(site) == 0
 
 
+@pytest.mark.clients
 async def test_many_who_leave_cost_no_descriptor(serve: Serve, upstream: Upstream, digest: str) -> None:
     # containerd opens many ranges to the end, and closes each when it has its part.
     site = await serve(upstream)

@@ -388,6 +388,7 @@ def plain(text: str) -> bytes:
     return b"".join(bytes([each]) for each in text.encode() if each not in b" \r\n\x00?#" or each > 127)
 
 
+@pytest.mark.clients
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["GET", "HEAD", "PUT", "DELETE", "BREW", "CONNECT", "TRACE"]), PATHS, QUERIES, FIELDS)
 async def test_whatever_comes_is_answered(

@@ -193,6 +193,7 @@ async def test_who_takes_over_and_is_refused_fails(sites: list[Site], upstream: 
         (sites[1].directory / "cache" / "partial" / left).unlink()
 
 
+@pytest.mark.clients
 async def test_ranges_of_all_workers_at_once_come_once(
     sites: list[Site], upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

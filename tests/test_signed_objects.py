@@ -162,6 +162,7 @@ async def test_a_bucket_that_is_down_is_no_refusal(place: Place) -> None:
     assert not place.reader.resting
 
 
+@pytest.mark.clients
 async def test_a_server_reads_by_them_and_logs_none(
     registry: Registry,  # noqa: F811
     events: LogCapture,

@@ -111,6 +111,7 @@ async def fake() -> AsyncIterator[FakeBucket]:
         yield server
 
 
+@pytest.mark.clients
 async def test_over_http_one_request_puts_what_is_hashed(fake: FakeBucket, tmp_path: Path) -> None:
     place = Place(fake.settings(), tmp_path)
     await place.put()
@@ -162,6 +163,7 @@ async def test_what_greets_everybody_has_stored_nothing(fake: FakeBucket, tmp_pa
         await Place(fake.settings(), tmp_path).put()
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("fault", ["refused", "cut"])
 async def test_what_is_refused_is_put_otherwise_for_a_while(
     fake: FakeBucket, tmp_path: Path, fault: str

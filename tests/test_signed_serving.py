@@ -160,6 +160,7 @@ def attested(*by: str, kind: str = PROVENANCE, **more: Any) -> dict[str, Any]:
 BUILDER = 'predicate.runDetails.builder.id == "https://build.test/runner"'
 
 
+@pytest.mark.clients
 async def test_an_attestation_is_asked_for(serve: Serve, upstream: Upstream) -> None:
     wanted = [
         (attested("ecdsa"), ""),

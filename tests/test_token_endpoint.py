@@ -150,6 +150,7 @@ async def test_the_catalog_needs_its_scope(endpoint: Started) -> None:
     assert "local/team/app" not in said.body.decode()
 
 
+@pytest.mark.clients
 async def test_names_are_what_clients_call_them(opened: Open, users: Path) -> None:  # noqa: F811
     given = {"htpasswd": str(users), "rules": RULES, "token_endpoint": {}}
     door = Endpoint((await opened(given, hosts=["registry.example"])).site)

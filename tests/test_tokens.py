@@ -69,6 +69,7 @@ def test_challenges(values: list[str], expected: list[Challenge]) -> None:
     assert parse_challenges(values) == expected
 
 
+@pytest.mark.clients
 @given(st.lists(st.text() | st.text(alphabet='aB=", \\\t@-', max_size=60)))
 def test_no_input_raises(values: list[str]) -> None:
     for challenge in parse_challenges(values):
@@ -89,6 +90,7 @@ def build(challenge: Challenge) -> str:
     return f"{challenge.scheme.title()} {challenge.token68 or rest}".rstrip(" ")
 
 
+@pytest.mark.clients
 @given(st.lists(CHALLENGE, max_size=5))
 def test_challenges_come_back_as_built(challenges: list[Challenge]) -> None:
     assert parse_challenges([build(each) for each in challenges]) == challenges

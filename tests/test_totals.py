@@ -156,6 +156,7 @@ changes = st.lists(
 )
 
 
+@pytest.mark.clients
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(changes, max_size=5), st.booleans())
 def test_whatever_is_written_while_they_are_counted(

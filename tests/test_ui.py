@@ -246,6 +246,7 @@ async def test_every_answer_forbids_what_the_page_does_not_do(browse: Open) -> N
             assert not [each for tags in page.elements.values() for each in tags if "style" in each]
 
 
+@pytest.mark.clients
 async def test_links_are_relative_and_lead_somewhere(browse: Open) -> None:
     browser = await browse(admin_token=TOKEN)
     await browser.login()

@@ -332,6 +332,7 @@ def test_what_replicas_have_differently_counts_once() -> None:
 # Repositories and tags
 
 
+@pytest.mark.clients
 async def test_repositories_are_searched_sorted_and_paged(screens: Screens, clock: Clock) -> None:
     for number in range(53):
         await screens.site.image(f"docker.io/team/app-{number:02}", "1", b"x" * 99 * number)
@@ -650,6 +651,7 @@ async def test_what_cannot_be_encoded_is_replaced(screens: Screens) -> None:
     assert "a lone ? surrogate" in (await screens.see(f"repository?name={ALPINE}", 500)).text
 
 
+@pytest.mark.clients
 async def test_every_link_leads_to_a_screen(screens: Screens) -> None:
     await pictured(screens.site)
     seen, pending = {""}, [""]

@@ -202,9 +202,8 @@ class Push:
         descriptor = await self._registry.resolve_blob(name, _digest(request, route))
         if not exchange.received:
             await self._receive(request, exchange, discard)
-        await self._events.report(
-            "push", "blob", request, route, exchange, descriptor
-        )  # it may not have been
+        # The first one may have been cut before its event was published.
+        await self._events.report("push", "blob", request, route, exchange, descriptor)
         return created(request, route, Endpoint.BLOB, descriptor.digest, exchange)
 
     async def _finish(

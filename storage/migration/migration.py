@@ -17,7 +17,7 @@ from typing import TypeAlias
 from storage.concurrency import Cancelled
 from storage.content import files_of
 from storage.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameInvalid, TagInvalid
-from storage.keys import MANIFEST
+from storage.keys import MANIFEST, TAG
 from storage.migration.adoption import Adoption
 from storage.migration.distribution import Absent, DistributionTree, TagLink
 from storage.oci import (
@@ -33,6 +33,7 @@ from storage.oci import (
 )
 from storage.records import Batch, batches
 from storage.store import Store
+from storage.values import Pointer
 
 MANIFEST_BATCH = 64  # manifests stored in one transaction, after their blobs are synced
 WORKERS = 4  # threads that read and hash
@@ -263,17 +264,18 @@ class Migration:
         Decided there, since clients push meanwhile: see Hosted.push_manifest.
         """
         full, done, kept = repository.full, 0, list[Damage]()
+        read = self._store.records.get if batch is None else batch.get
         for tag, link in links:
-            known = self._store.pointer(full, tag)
+            known = Pointer.parse(read(TAG.key(full, tag)))
             if known is not None and known.digest == link.digest:
                 continue
             if known is not None and (link.moved_at <= known.validated_at or self._immutable(tag)):
                 why = "it is immutable" if self._immutable(tag) else "it was pushed here since"
-                kept.append(Damage(repository.name, tag, f"it stays {known.digest}: {why}"))
+                kept.append(Damage(repository.name, str(tag), f"it stays {known.digest}: {why}"))
                 continue
             if batch is not None:
                 if batch.get(MANIFEST.key(full, link.digest)) is None:
-                    kept.append(Damage(repository.name, tag, f"{link.digest} was deleted meanwhile"))
+                    kept.append(Damage(repository.name, str(tag), f"{link.digest} was deleted meanwhile"))
                     continue
                 self._retag(batch, repository.name, tag, link.digest)
                 self._store.put_tags(batch, full, {tag: link.digest})

@@ -691,6 +691,23 @@ async def test_a_fill_without_progress_gives_up_and_keeps_what_it_has(rig: Rig, 
     assert (upstream.requests[0].range or "").startswith("bytes=")
 
 
+@pytest.mark.errors("fill.failed")
+async def test_a_fill_that_stands_still_for_long_asks_for_all_of_the_blob_and_then_gives_up(
+    rig: Rig, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetcher, "STALLED", -1.0)
+    digest = Digest(upstream.blob("a/b", BODY))
+    upstream.next("GET", digest, Truncate(after=100_000))
+    upstream.next("GET", lambda request: standing, Truncate(after=0), times=100)
+    standing = True
+    with pytest.raises(OriginFailed):
+        await rig.read((await rig.fills.join(rig.source, digest)).value)
+    # Beside it the client may have asked for a range.
+    assert [each.range for each in upstream.requests if each.method == "GET"].count(None) == 2
+    standing = False
+    assert await rig.read((await rig.fills.join(rig.source, digest)).value) == BODY
+
+
 async def test_progress_starts_the_count_of_failures_again(rig: Rig, upstream: Upstream) -> None:
     digest = Digest(upstream.blob("a/b", BODY))
     for _ in range(3):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from proxy.cache.fill import LARGEST_UNSIZED, Fill, awaited
@@ -30,8 +31,35 @@ from storage.oci import Descriptor, Span
 HEARING = 0.1  # seconds between two looks at what other processes want
 LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
 RETRIES = 7  # in a row without progress: 25 seconds or more
+STALLED = 30.0  # seconds of attempts without progress, after which one more is made
 _REFUSALS = (Unavailable, BlobUnknown, NameUnknown, Denied)
-WHOLE = 3  # failures of an origin that is up, which may refuse ranges alone: then all of a blob is asked for
+WHOLE = 3  # failures of an origin that is up, after which all of a blob is asked for
+
+
+@dataclass(slots=True)
+class _FailedAttempts:
+    """Attempts in a row that brought nothing, and their seconds; `refusals` are of an origin that is up."""
+
+    number: int = 0
+    refusals: int = 0
+    seconds: float = 0.0
+
+    def and_one(self, seconds: float) -> _FailedAttempts:
+        return _FailedAttempts(self.number + 1, self.refusals, self.seconds + seconds)
+
+    @property
+    def _stalled(self) -> bool:
+        return self.seconds > STALLED
+
+    @property
+    def of_ranges(self) -> bool:
+        """Whether all of a blob is to be asked for: the origin may refuse ranges alone."""
+        return self.refusals >= (1 if self._stalled else WHOLE)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is no further attempt."""
+        return self.number > (1 if self._stalled else RETRIES)
 
 
 class Fetcher:
@@ -120,9 +148,9 @@ class Fetcher:
         await self._persist()
 
     async def _persist(self) -> None:
-        failures, refusals, wait = 0, 0, 0.0
+        failures, wait, now = _FailedAttempts(), 0.0, asyncio.get_running_loop().time
         while True:
-            before = self._transfers.upload.offset
+            before, since = self._transfers.upload.offset, now()
             try:
                 await self._close_gaps()
                 return
@@ -134,17 +162,18 @@ class Fetcher:
             except _REFUSALS as error:
                 # Some origins refuse more transfers than they like with any status.
                 offset = self._transfers.upload.offset
-                failures, refusals = (0, 0) if offset > before else (failures + 1, refusals)
+                failures = _FailedAttempts() if offset > before else failures.and_one(now() - since)
                 begun = isinstance(error, Unavailable) or offset > 0
-                if failures > RETRIES or not begun or not await self._promised():
+                if failures.enough or not begun or not await self._promised():
                     raise
                 # If it is down, that says nothing of ranges, and what is there need not come again.
-                refusals += failures > 0 and await answers(self._resolve, error)
-                self._whole = refusals >= WHOLE
+                if failures.number and await answers(self._resolve, error):
+                    failures.refusals += 1
+                self._whole = failures.of_ranges
                 self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))
                 wait = min(error.retry_after or 0.0, LONGEST_WAIT)
-            if failures:
-                await self._pause(max(wait, self._backoff * 2 ** (failures - 1)))
+            if failures.number:
+                await self._pause(max(wait, self._backoff * 2 ** (failures.number - 1)))
 
     async def _pause(self, seconds: float) -> None:
         """Wait so long, or until other transfers have brought what is missing."""

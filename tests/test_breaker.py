@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -110,6 +111,99 @@ def test_it_is_open_for_a_second_doubling_to_thirty(host: Host, clock: Clock) ->
         host.fail()  # the probe
     assert seconds == [1, 2, 4, 8, 16, LAST, LAST, LAST]
     assert host.changes == [CUT], "it has been open all the time"
+
+
+def test_a_host_that_may_be_back_in_a_moment_is_asked_sooner(clock: Clock) -> None:
+    breaker, asked = Breaker(clock, moment=3.0), [0.0]
+    assert breaker.pause is None
+    while True:
+        with breaker.call() as call:
+            call.failed(CUT, final=True, brief=True)
+        if (pause := breaker.pause) is None:
+            break
+        assert breaker.state("", "").seconds == pause
+        clock.advance(pause)
+        asked.append(asked[-1] + pause)
+    assert asked == [0, 0.25, 0.5, 0.75, 1.125, 1.6875, 2.53125, 3.796875]
+    assert breaker.state("", "").seconds == 2 * 1.265625, "then less and less often"
+
+
+def test_it_is_known_to_be_down_until_it_has_answered(clock: Clock) -> None:
+    breaker = Breaker(clock, moment=3.0)
+    for _ in range(2):
+        with breaker.call() as call:
+            call.failed(CUT, final=True, brief=True)
+        clock.advance(3)
+        with breaker.call() as call:
+            call.failed(CUT, final=True, brief=True)
+        assert breaker.pause is None
+        clock.advance(LAST)
+        with breaker.call() as call:
+            call.succeeded()
+        assert breaker.pause is None
+
+
+@pytest.mark.parametrize("error", [CUT, SLOW])
+def test_other_failures_are_not_over_in_a_moment(clock: Clock, error: RegistryError) -> None:
+    breaker = Breaker(clock, moment=3.0)
+    for brief, awaited in ((True, True), (False, False), (True, False)):
+        with suppress(RegistryError), breaker.call() as call:
+            call.failed(error, final=True, brief=brief)
+        assert (breaker.pause is not None) == awaited
+        clock.advance(1)
+
+
+def test_before_it_opens_it_may_be_back_as_well(clock: Clock) -> None:
+    breaker = Breaker(clock, moment=3.0)
+    for _ in range(FAILURES - 1):
+        with breaker.call() as call:
+            call.failed(CUT, brief=True)
+        assert breaker.closed
+        assert breaker.pause == 0.25
+    clock.advance(3)
+    assert breaker.pause is None
+    with breaker.call() as call:
+        call.failed(CUT, brief=True)
+    assert (breaker.closed, breaker.pause) == (False, 0.25), "a failure long ago was of another outage"
+
+
+def test_while_a_probe_is_under_way_the_pause_is_not_nothing(clock: Clock) -> None:
+    breaker = Breaker(clock, moment=3.0)
+    with breaker.call() as call:
+        call.failed(CUT, final=True, brief=True)
+    clock.advance(0.25)
+    assert breaker.pause == 0
+    with breaker.call() as probe:
+        assert breaker.pause == 0.25
+        probe.succeeded()
+    assert breaker.pause is None
+
+
+@pytest.mark.parametrize(("error", "pause"), [(CUT, 0.25), (SLOW, None)])
+def test_a_host_of_which_another_replica_has_told_may_be_back_too(
+    clock: Clock, error: RegistryError, pause: float | None
+) -> None:
+    told, breaker = Breaker(clock, moment=3.0), Breaker(clock, moment=3.0)
+    with told.call() as call:
+        call.failed(error, final=True, brief=error is CUT)
+    opened = told.opened()
+    assert opened is not None
+    breaker.learn(opened)
+    with breaker.call() as probe:
+        probe.failed(error, final=True, brief=error is CUT)
+    assert breaker.pause == pause
+
+
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0])
+def test_a_clock_that_jumps_makes_nobody_wait(clock: Clock, jump: float) -> None:
+    breaker = Breaker(clock, moment=3.0)
+    with breaker.call() as call:
+        call.failed(CUT, final=True, brief=True)
+    clock.advance(jump)
+    assert breaker.pause is None
+    with breaker.call() as call:
+        call.failed(CUT, final=True, brief=True)
+    assert breaker.state("", "").seconds <= LAST
 
 
 def test_half_open_exactly_one_probe_goes_out_at_a_time(host: Host, clock: Clock) -> None:

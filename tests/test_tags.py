@@ -37,6 +37,7 @@ class FakeOrigin(Registry):
     """
 
     probe_due = False
+    pause = None
 
     def __init__(self) -> None:
         self.now = ONE

@@ -46,6 +46,9 @@ class _Guarded(Protocol):
     @property
     def probe_due(self) -> bool: ...
 
+    @property
+    def pause(self) -> float | None: ...
+
     async def probe(self) -> None: ...
 
 
@@ -69,6 +72,13 @@ class _Remembering(Protocol):
     def forget(self, repository: str) -> None: ...
 
     async def supplies(self, repository: str, content: ManifestContent) -> bool: ...
+
+
+async def _probe(registry: _Guarded) -> None:
+    await registry.probe()
+    while not registry.healthy and (pause := registry.pause) is not None:
+        await asyncio.sleep(pause)
+        await registry.probe()
 
 
 class CheckedRegistry(Registry):
@@ -175,18 +185,19 @@ class Origin:
     async def reachable(self) -> bool:
         """Whether it may be asked, as far as is known.
 
-        One that was down is probed when that is due; the answer is waited for as long as for that of a tag,
-        by all who ask meanwhile.
+        One that was down is probed when that is due, again and again if it may be back in a moment; the
+        answer is waited for as long as for that of a tag, by all who ask meanwhile.
         """
         if self.offline:
             return False
-        if not isinstance(self.registry, _Guarded) or self.registry.healthy:
+        registry = self.registry
+        if not isinstance(registry, _Guarded) or registry.healthy:
             return True
-        if self.registry.probe_due or self.flights.has("probe"):
+        if registry.probe_due or registry.pause is not None or self.flights.has("probe"):
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._policy.revalidate_timeout):
-                    await self.flights.join("probe", self.registry.probe)
-        return self.registry.healthy
+                    await self.flights.join("probe", lambda: _probe(registry))
+        return registry.healthy
 
     async def supplies(self, repository: str, content: ManifestContent) -> bool:
         """Whether all that a manifest names may come, as far as is known."""

@@ -83,9 +83,7 @@ class CacheFactory:
             source = ExtendedUpstream(name, self.extensions.get(wanted), self.metrics)
             return self._cache(name, source, settings), None
         upstreams = self._upstreams(name, settings.upstream)
-        owners = self._owners(name, settings, upstreams)
-        alone = len(upstreams) == 1 and owners is None
-        origin = upstreams[0] if alone else Failover(upstreams, self.clock, owners)
+        origin = Failover(upstreams, self.clock, self._owners(name, settings, upstreams))
         return self._cache(name, origin, settings), upstreams[-1]
 
     def _cache(self, name: str, origin: Registry, settings: NamespaceConfig) -> Cache:

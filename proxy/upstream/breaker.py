@@ -19,6 +19,7 @@ FAILURES = 3  # in a row that open a breaker, if one alone is not final
 LONGEST = 200  # characters of an error's message that all processes can read
 PATIENCE = 1.0  # seconds to wait for another request, which probes the host
 FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, and at most
+SOON = 0.25  # seconds that it stays open at least while a failure may be over in a moment
 HEARSAY = 60.0  # seconds after which an opening elsewhere is no news any more
 NOTED = 1.0  # seconds after an answer in which another one is not recorded
 
@@ -55,6 +56,7 @@ class _Circuit(msgspec.Struct, array_like=True):
     failures: in a row, while it is closed
     error: the message of what opened it, OriginTimeout or OriginFailed; None: it is closed
     since, seconds: when it opened last, and for how long
+    lost: since when the host has failed in a way that may be over in a moment; -inf: it has not
     heard: another server has said so
     answered: when the host answered last, or up to NOTED seconds before
     """
@@ -64,6 +66,7 @@ class _Circuit(msgspec.Struct, array_like=True):
     timeout: bool = False
     since: float = 0.0
     seconds: float = 0.0
+    lost: float = -math.inf
     openings: int = 0
     heard: bool = False
     answered: float = -math.inf
@@ -73,7 +76,8 @@ class Breaker:
     """A circuit breaker.  Closed: requests are sent.  Open: none is.  Then half-open: one is, the probe.
 
     All processes of a server that have a breaker of the same `name` share its state.  `changed` is called, in
-    one of them, with the error that opened it, and with None when it has closed.
+    one of them, with the error that opened it, and with None when it has closed.  A host that restarts may be
+    back within `moment` seconds.
     """
 
     def __init__(
@@ -82,9 +86,11 @@ class Breaker:
         changed: Callable[[RegistryError | None], None] = lambda error: None,
         shared: SharedState | None = None,
         name: object = "",
+        moment: float = 0.0,
     ) -> None:
         shared = shared or SharedState()
         self._clock = clock
+        self._moment = moment
         self._changed = changed
         self._table = shared.upstreams
         self._key = self._table.key("circuit", name)
@@ -108,6 +114,20 @@ class Breaker:
     def _half_open(self) -> bool:
         circuit = self._circuit()
         return circuit.error is not None and not self._left(circuit)
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds until to ask the host again, if it may be back in a moment; else None."""
+        circuit, now = self._circuit(), self._clock()
+        if not time_left(circuit.lost, self._moment, now):
+            return None
+        if circuit.error is None:
+            return self._rest(circuit, now)
+        return self._left(circuit) or (0.0 if self.due else SOON)
+
+    def _rest(self, circuit: _Circuit, now: float) -> float:
+        """Seconds between two requests to a host that may be back in a moment: more, the longer it takes."""
+        return max(SOON, (now - circuit.lost) / 2)
 
     async def probed(self) -> None:
         """Wait for the outcome of a probe that is under way, whichever process has sent it, but not long.
@@ -165,8 +185,17 @@ class Breaker:
         if was_open:
             self._changed(None)
 
-    def failed(self, error: RegistryError, opening: int, *, final: bool, sent: float = math.inf) -> None:
+    def failed(
+        self,
+        error: RegistryError,
+        opening: int,
+        *,
+        final: bool,
+        brief: bool = False,
+        sent: float = math.inf,
+    ) -> None:
         """Record a failure; a `final` one is as any if the host has answered since the request was `sent`."""
+        now = self._clock()
         with self._table.lock:
             circuit = self._circuit()
             # 1. many requests are sent  2. one times out and opens it  3. so do the others: that is no news.
@@ -174,11 +203,18 @@ class Breaker:
                 return
             circuit.failures += 1
             was_open = circuit.error is not None
+            if not brief:
+                circuit.lost = -math.inf
+            elif not (was_open or time_left(circuit.lost, self._moment, now)):
+                circuit.lost = now
             opens = was_open or (final and sent >= circuit.answered) or circuit.failures >= FAILURES
             if opens:
                 circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
-                circuit.seconds = min(LAST, max(FIRST, circuit.seconds * 2)) if was_open else FIRST
-                circuit.since = self._clock()
+                if time_left(circuit.lost, self._moment, now):
+                    circuit.seconds = self._rest(circuit, now)
+                else:
+                    circuit.seconds = min(LAST, max(FIRST, circuit.seconds * 2)) if was_open else FIRST
+                circuit.since = now
                 circuit.openings += 1
                 circuit.heard = False
             self._table.put(self._key, circuit)
@@ -208,6 +244,7 @@ class Breaker:
             error = f"another replica found: {opened.error}"[:LONGEST]
             heard = _Circuit(error=error, timeout=opened.timeout, since=now - opened.age, heard=True)
             heard.openings = circuit.openings + 1
+            heard.lost = -math.inf if opened.timeout else heard.since
             self._table.put(self._key, heard)
         self._changed((OriginTimeout if opened.timeout else OriginFailed)(error))
 
@@ -223,6 +260,10 @@ class Attempt:
     def succeeded(self) -> None:
         self._breaker.succeeded()
 
-    def failed(self, error: RegistryError, *, final: bool = False) -> None:
-        """`final`: this failure alone proves that others would fail too, unless some were answered since."""
-        self._breaker.failed(error, self._opening, final=final, sent=self._sent)
+    def failed(self, error: RegistryError, *, final: bool = False, brief: bool = False) -> None:
+        """Record a failure.
+
+        final: it alone proves that others would fail too, unless some were answered since
+        brief: it may be over in a moment, as when the host restarts
+        """
+        self._breaker.failed(error, self._opening, final=final, brief=brief, sent=self._sent)

@@ -123,6 +123,11 @@ class UpstreamRegistry(Registry):
         return self._sender.probe_due
 
     @property
+    def pause(self) -> float | None:
+        """Seconds until to ask it again, if one of its hosts may be back in a moment; else None."""
+        return self._sender.transport.pause
+
+    @property
     def spares(self) -> bool:
         """Whether its rate limit allows more requests than are reserved."""
         return self._sender.budgets.spares(self._sender.reserve)

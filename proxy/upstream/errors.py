@@ -1,4 +1,4 @@
-"""Errors made from an upstream's responses.
+"""Errors made from an upstream's responses, and of what fails on the network.
 
 For a refused pull the status is enough, and a proxy in between may have written the body.  For a refused push
 the specification's error code says what the client must change, and the message is passed on to the client.
@@ -6,14 +6,17 @@ the specification's error code says what the client must change, and the message
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from proxy.config.quantities import seconds_until
+from proxy.connections.failures import explain
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -27,6 +30,7 @@ from storage.errors import (
     NameUnknown,
     OriginDenied,
     OriginFailed,
+    OriginTimeout,
     RangeInvalid,
     RegistryError,
     SizeInvalid,
@@ -63,6 +67,13 @@ _CODES: dict[str, type[RegistryError]] = {
         Unsupported,
     )
 }
+
+
+_GONE = frozenset((errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE))
+
+
+class Interrupted(OriginFailed):
+    """The body of a response ended early."""
 
 
 class _UpstreamError(msgspec.Struct):
@@ -143,3 +154,28 @@ def result_of(status: int) -> str:
     if status < 400:
         return "ok"
     return {401: "denied", 403: "denied", 404: "unknown", 429: "limited"}.get(status, "refused")
+
+
+def error_from_failure(name: str, error: BaseException, url: URL | None, home: URL) -> RegistryError:
+    """The error for a request to `url` that failed on the network, or for a body without `url`."""
+    if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+        return OriginTimeout(f"{name} did not answer in time")
+    failure = explain(error, url)
+    if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
+        return OriginFailed(f"{name}: {failure}")
+    elsewhere = url is not None and url.origin() != home
+    where = f" at {url.host_port_subcomponent}" if url is not None and elsewhere else ""
+    kind = OriginTimeout if isinstance(error, TimeoutError) else OriginFailed
+    return kind(f"{name} cannot be reached{where}: {failure}")
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether a request failed in a way that others would, too."""
+    return isinstance(error, TimeoutError | aiohttp.ClientConnectorError)
+
+
+def is_brief(error: BaseException) -> bool:
+    """Whether a request failed as while a server restarts: its host is there, the program is not."""
+    if isinstance(error, aiohttp.ClientOSError):
+        return error.errno in _GONE
+    return isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | ConnectionError)

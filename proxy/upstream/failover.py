@@ -1,8 +1,10 @@
-"""Several upstreams with the same content, as one registry: mirrors first, the registry itself last.
+"""Upstreams with the same content, as one registry: mirrors first, the registry itself last.
 
 If one does not serve a request, for whatever reason, the next one gets it.  If none does, the error is that
 of the last one: a mirror's "unknown" or refusal says nothing about the registry.  One that is known to fail
 comes after the healthy ones, and is probed in the background.
+
+If none can be asked, and one has failed only just, as when it restarts, who asks for content waits for it.
 
 In a fleet other replicas come first, those that own what is asked for: see peers.py.  Their "unknown" and
 refusals are those of the upstreams.
@@ -16,11 +18,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import structlog
 
-from proxy.telemetry.exchange import origin_age
+from proxy.telemetry.exchange import current, origin_age
 from proxy.upstream.breaker import HostState
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.peers import Owners
@@ -38,16 +40,18 @@ from storage.registry import Blob, ReadInto, Registry, RelayedBlob
 
 log = structlog.get_logger()
 T = TypeVar("T")
+Holders: TypeAlias = Callable[[], Awaitable[Sequence[UpstreamRegistry]]]
 
 FINAL = (BlobUnknown, ManifestUnknown, NameUnknown, OriginDenied)  # answers of an owner
 AGAIN = 60.0  # seconds within which a second request for a blob means that the first transfer failed
 REMEMBERED = 1000  # blobs
+ROUNDS = 8  # of requests to all, at most, while one may be back in a moment
 
 
 class Failover(Registry):
-    """Several upstreams with the same content, as one read-only registry, which closes them.
+    """Upstreams with the same content, as one read-only registry, which closes them.
 
-    There must be at least one.  `owners` says which other replicas are asked before them.
+    There must be at least one.  `owners` says which other replicas are asked before them; `rest` sleeps.
     """
 
     def __init__(
@@ -55,10 +59,12 @@ class Failover(Registry):
         upstreams: Sequence[UpstreamRegistry],
         clock: Callable[[], float] = time.monotonic,
         owners: Owners | None = None,
+        rest: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._upstreams = list(upstreams)
         self._clock = clock
         self._owners = owners
+        self._rest = rest
         # Until when, the upstream, and whether it broke off, or has sent all there is.
         self._transfers: dict[Digest, tuple[float, UpstreamRegistry | None, bool]] = {}
         self._probes: set[asyncio.Task[None]] = set()
@@ -135,18 +141,34 @@ class Failover(Registry):
         self,
         ask: Callable[[UpstreamRegistry], Awaitable[T]],
         sources: Sequence[UpstreamRegistry],
-        holders: Callable[[], Awaitable[Sequence[UpstreamRegistry]]] | None = None,
+        holders: Holders | None = None,
         last: UpstreamRegistry | None = None,
         again: bool = False,
     ) -> tuple[UpstreamRegistry, T]:
         """The one that served, and the result.
 
         If all are healthy, `last` comes first, or with `again` the one after it.  If the upstreams cannot be
-        asked, the `holders` are.
+        asked, the `holders` are; then one that may be back in a moment is waited for.  A request without
+        them is for what is known, and one of another replica has other sources: these wait for nobody.
         """
-        errors: dict[UpstreamRegistry, RegistryError] = {}
         start = sources.index(last) + again if last is not None and last in sources else 0
-        for source in self._order(sources, start):
+        for _ in range(0 if holders is None or current().peer else ROUNDS - 1):
+            try:
+                return await self._ask_all(ask, self._order(sources, start), holders)
+            except Unavailable:
+                if (pause := self.pause) is None:
+                    raise
+            await self._rest(pause)
+        return await self._ask_all(ask, self._order(sources, start), holders)
+
+    async def _ask_all(
+        self,
+        ask: Callable[[UpstreamRegistry], Awaitable[T]],
+        order: Sequence[UpstreamRegistry],
+        holders: Holders | None,
+    ) -> tuple[UpstreamRegistry, T]:
+        errors: dict[UpstreamRegistry, RegistryError] = {}
+        for source in order:
             origin_age.set(0.0)
             try:
                 return source, await ask(source)
@@ -188,6 +210,12 @@ class Failover(Registry):
     async def probe(self) -> None:
         """Send one request to each that is due, which updates `healthy`."""
         await asyncio.gather(*(each.probe() for each in self._upstreams if each.probe_due))
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds until to ask one again that may be back in a moment; None: there is none."""
+        pauses = [each.pause for each in self._upstreams]
+        return min((each for each in pauses if each is not None), default=None)
 
     @property
     def spares(self) -> bool:

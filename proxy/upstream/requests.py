@@ -25,7 +25,7 @@ from proxy.upstream.breaker import HostState
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.encoding import decoded
-from proxy.upstream.errors import ERROR_LIMIT, error_from_response, result_of
+from proxy.upstream.errors import ERROR_LIMIT, Interrupted, error_from_response, result_of
 from proxy.upstream.listing_memory import ListingMemory, ignore
 from proxy.upstream.messages import PeerLink, UpstreamRequest, accepted, authorization_of
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budgets
@@ -33,7 +33,7 @@ from proxy.upstream.redirects import RedirectMemory
 from proxy.upstream.refusals import Refusals
 from proxy.upstream.shared_limits import KnownUpstream
 from proxy.upstream.tokens import TokenCache, TokenResponse
-from proxy.upstream.transport import READING, RETRIES, Interrupted, Transport
+from proxy.upstream.transport import READING, RETRIES, Transport
 from storage.errors import OriginDenied, OriginForbidden, RegistryError, TooManyRequests, Unavailable
 from storage.limits import RateLimit
 from storage.oci import MANIFEST_LIMIT

@@ -26,18 +26,19 @@ import aiohttp
 from yarl import URL
 
 from proxy.config.hosts import is_private
-from proxy.connections.failures import explain
 from proxy.connections.trust import Certificate, certificate_shown
 from proxy.telemetry.tracing import step
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.connect import Connect
+from proxy.upstream.errors import Interrupted, error_from_failure, is_brief, is_final
+from proxy.upstream.failing_urls import FailingURLs
 from proxy.upstream.listing_memory import ignore
 from proxy.upstream.liveness import answering, coming
 from proxy.upstream.redirects import RedirectMemory, good_for
 from proxy.upstream.sent_span import described, note_status
 from proxy.upstream.socket_body import SocketBodies
-from storage.errors import OriginFailed, OriginTimeout, RegistryError
+from storage.errors import OriginFailed, RegistryError
 from storage.shared import SharedState
 
 REDIRECTS = 5
@@ -45,6 +46,7 @@ HEADER_LIMIT = 64 << 10  # bytes of one header: signed URLs in Location are long
 READ = 1 << 20  # bytes buffered of a body before its socket is paused
 RETRIES = 2  # of a request that reads
 BACKOFF = 0.1  # seconds at most before the first retry, doubling
+RESTART = 30  # times as long: how long a host may take that restarts
 READING = ("GET", "HEAD")
 HOSTS = 100  # hosts whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
@@ -52,10 +54,6 @@ _CONTENT = frozenset((200, 206, 416))  # of answers to a request for content, or
 _DOWN = frozenset((502, 503, 504))
 _PASSING = _DOWN | {500}  # which concerns one request only: S3 wants it to be sent again
 RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
-
-
-class Interrupted(OriginFailed):
-    """The body of a response ended early."""
 
 
 class Transport:
@@ -89,6 +87,7 @@ class Transport:
         self._clock = clock
         self._jitter = jitter
         self._shared = shared or SharedState()
+        self._failing = FailingURLs(clock)
         self._breakers: dict[URL, Breaker] = {}
         self.breaker(home)  # the first, and so never dropped
         self._private = connect.private_redirects or is_private(home.raw_host or "")
@@ -147,8 +146,9 @@ class Transport:
         if (found := self._breakers.get(origin)) is None:
             changed = partial(self._changed, origin.host_port_subcomponent or "")
             # After a reload, processes with former options of the connection have states of their own.
-            called = self._name, str(self._home), self._connect, str(origin)
-            found = self._breakers[origin] = Breaker(self._clock, changed, self._shared, called)
+            key = self._name, str(self._home), self._connect, str(origin)
+            found = Breaker(self._clock, changed, self._shared, key, RESTART * BACKOFF)
+            self._breakers[origin] = found
             if len(self._breakers) > HOSTS:
                 del self._breakers[list(self._breakers)[1]]
         return found
@@ -156,6 +156,12 @@ class Transport:
     def breakers(self) -> list[tuple[str, Breaker]]:
         """The hosts and their breakers, the upstream's own first."""
         return [(url.host_port_subcomponent or "", each) for url, each in self._breakers.items()]
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds until to ask a host again that may be back in a moment; None: there is none."""
+        pauses = (each.pause for each in self._breakers.values())
+        return min((each for each in pauses if each is not None), default=None)
 
     async def send(
         self, method: str, url: URL, headers: Mapping[str, str], body: RequestBody = None
@@ -184,12 +190,13 @@ class Transport:
                     response, content = await self._persist(method, url, headers, body, limit)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error, url)
-                attempt.failed(failure, final=isinstance(error, TimeoutError | aiohttp.ClientConnectorError))
+                attempt.failed(failure, final=is_final(error), brief=is_brief(error))
                 raise failure from error
             except UnicodeError:  # a redirect or a challenge named it
                 raise OriginFailed(f"{self._name} names the host {url.raw_host}, which is none") from None
             if response.status in _DOWN:
-                attempt.failed(OriginFailed(f"{self._name} answered {response.status}"))
+                brief = "Retry-After" not in response.headers
+                attempt.failed(OriginFailed(f"{self._name} answered {response.status}"), brief=brief)
             else:
                 attempt.succeeded()
             return response, content
@@ -227,7 +234,9 @@ class Transport:
         for attempt in range(retries + 1):
             try:
                 response = await self._once(method, url, headers, body, timeout, attempt)
-                if attempt == retries or response.status not in _PASSING or "Retry-After" in response.headers:
+                fails = response.status in _PASSING and "Retry-After" not in response.headers
+                if not fails or attempt == retries or url in self._failing:
+                    self._failing.note(url, fails)
                     return response, b"" if limit is None else await self._body(response, limit)
                 response.release()
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
@@ -381,16 +390,7 @@ class Transport:
         return bytes(content)
 
     def failed(self, error: BaseException, url: URL | None = None) -> RegistryError:
-        """The error for a request to `url` that failed on the network, or for a body without `url`."""
-        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
-            return OriginTimeout(f"{self._name} did not answer in time")
-        failure = explain(error, url)
-        if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
-            return OriginFailed(f"{self._name}: {failure}")
-        elsewhere = url is not None and url.origin() != self._home
-        where = f" at {url.host_port_subcomponent}" if url is not None and elsewhere else ""
-        kind = OriginTimeout if isinstance(error, TimeoutError) else OriginFailed
-        return kind(f"{self._name} cannot be reached{where}: {failure}")
+        return error_from_failure(self._name, error, url, self._home)
 
     async def close(self) -> None:
         """Requests that are under way or come later fail with OriginFailed."""

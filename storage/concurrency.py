@@ -49,6 +49,27 @@ async def uninterrupted(work: Awaitable[T]) -> T:
     return task.result()
 
 
+async def shielded(work: Awaitable[T]) -> T:
+    """Await `work`, which does not end if the caller is cancelled; then nobody needs its result.
+
+    asyncio.shield() of Python 3.14 reports a failure that comes after that as an error of the event loop.
+    """
+    task = asyncio.ensure_future(work)
+    if not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.add_done_callback(_retrieve)
+            raise
+    return task.result()
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Mark its exception as retrieved."""
+    if not task.cancelled():
+        task.exception()
+
+
 class Waiters:
     """Those who wait until something is so.  Who changes it calls tell(), which wakes only them.
 
@@ -91,7 +112,7 @@ class SingleFlight:
             flight = self._flights[key] = asyncio.ensure_future(call())
             # A callback, not a finally in the call: a task that is cancelled before its first step runs none.
             flight.add_done_callback(partial(self._forget, key))
-        return cast(T, await asyncio.shield(flight))
+        return cast(T, await shielded(flight))
 
     def has(self, key: Hashable) -> bool:
         """Whether a call for `key` is in progress."""
@@ -104,9 +125,7 @@ class SingleFlight:
 
     def _forget(self, key: Hashable, flight: asyncio.Future[Any]) -> None:
         del self._flights[key]
-        # All callers may have been cancelled; then nothing else would retrieve the exception.
-        if not flight.cancelled():
-            flight.exception()
+        _retrieve(flight)  # all callers may have been cancelled
 
     async def close(self) -> None:
         flights = list(self._flights.values())
@@ -148,7 +167,7 @@ async def run_cancellable(work: Callable[..., T], *arguments: object) -> T:
 
     running = asyncio.ensure_future(run_in_thread(work, stopped, *arguments))
     try:
-        return await asyncio.shield(running)
+        return await shielded(running)
     except asyncio.CancelledError:
         end.set()
         await asyncio.wait([running])

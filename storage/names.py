@@ -13,6 +13,8 @@ from functools import lru_cache
 
 _IPV6 = re.compile(r"\[(?=[^:\]]*:[^:\]]*:)[0-9a-f:.]+\](?::[0-9]{1,5})?(?=/)")
 _WILDCARD = re.compile(r"[*?[]")
+# What fnmatch.translate() puts around a pattern.  Since Python 3.14, it ends with \z in place of \Z.
+_TRANSLATED = translate("x").split("x")
 
 
 def written(repository: str, reference: str) -> str:
@@ -47,6 +49,13 @@ def glob_matcher(pattern: str) -> Callable[[str], bool]:
         return lambda name: True
     match = re.compile(translate(fnmatch_pattern(pattern))).match
     return lambda name: match(name) is not None
+
+
+def untranslated(pattern: str) -> str:
+    """A regular expression without what fnmatch.translate() puts around it, if it is of that."""
+    start, end = _TRANSLATED
+    translated = pattern.startswith(start) and pattern.endswith(end)
+    return pattern[len(start) : -len(end)] if translated else pattern
 
 
 def fnmatch_pattern(pattern: str) -> str:

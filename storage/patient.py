@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+from storage.concurrency import shielded
 from storage.content import BlobContent
 from storage.errors import StorageFailed, StorageUnavailable
 from storage.records import Records
@@ -95,7 +96,7 @@ class PatientStore(Store):
         with suppress(StorageFailed):
             while True:
                 try:
-                    await asyncio.shield(self._submit(self.records.holds, ""))
+                    await shielded(self._submit(self.records.holds, ""))
                     break
                 except StorageUnavailable:
                     await asyncio.sleep(PAUSE)

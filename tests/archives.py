@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.upstream.content import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, describe
+
+if sys.version_info >= (3, 14):
+    from compression import zstd as zstd
+else:
+    from backports import zstd as zstd
 
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"

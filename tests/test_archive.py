@@ -11,13 +11,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from backports import zstd
 
 from storage.archives import archive
 from storage.archives.archive import Archive, open_archive, open_stream, read
 from storage.errors import ArchiveInvalid
 from tests import archives
-from tests.archives import block, member
+from tests.archives import block, member, zstd
 
 FILES = {"index.json": b"{}", "blobs/sha256/aa": b"x" * 3000, "empty": b""}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from storage.concurrency import SingleFlight, Waiters, for_each
+from storage.concurrency import SingleFlight, Waiters, for_each, shielded
 
 
 class Tower:
@@ -22,7 +22,7 @@ class Tower:
 
     async def fly(self) -> str:
         self.calls += 1
-        return await asyncio.shield(self.landing)
+        return await shielded(self.landing)
 
 
 async def in_the_air(*asking: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any]]:
@@ -123,6 +123,21 @@ async def test_a_call_goes_on_when_all_have_left() -> None:
     tower.landing.set_result("here")
     assert await later == "here"
     assert tower.calls == 1
+
+
+async def test_what_is_shielded_has_its_result_whoever_waits_no_longer() -> None:
+    result = asyncio.get_running_loop().create_future()
+    first, second = await in_the_air(shielded(result), shielded(result))
+    first.cancel()
+    await in_the_air()
+    assert first.cancelled()
+    result.set_result("here")
+    assert await second == await shielded(result) == "here"
+    cancelled = asyncio.get_running_loop().create_future()
+    (third,) = await in_the_air(shielded(cancelled))
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await third
 
 
 async def test_a_failure_that_nobody_waited_for_is_no_complaint_of_the_loop() -> None:

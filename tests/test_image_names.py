@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from fnmatch import translate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config.hosts import Address, is_host, local_url, parse_server
 from proxy.config.image_names import ImageName, parse, split
-from storage.names import is_glob, literal_prefix, matches_glob, written
+from storage.names import is_glob, literal_prefix, matches_glob, untranslated, written
 from storage.oci import Digest, Tag
 
 DIGEST = Digest("sha256:" + "0" * 64)
@@ -49,6 +51,13 @@ def test_split_is_the_inverse_of_written(
         text = written(text, each)
     assert split(text) == (name, tag, digest)
     assert parse(text) == ImageName(*image, tag, digest)
+
+
+@pytest.mark.parametrize("text", ["", "a", "a*", r"local\Z", r"(?s:a)\Zb", "(?i)a"])
+def test_a_glob_is_untranslated_in_every_python(text: str) -> None:
+    """fnmatch of Python 3.14 ends it otherwise."""
+    assert untranslated(translate("local/x")) == "local/x"
+    assert untranslated(text) == text
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import sys
 import tarfile
 import tracemalloc
 from typing import Any
@@ -14,11 +13,7 @@ import pytest
 from storage.archives import layer
 from storage.archives.layer import LayerFile, LayerListing
 from storage.errors import ArchiveInvalid
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from tests.archives import zstd
 
 
 def info(name: str, kind: bytes = tarfile.REGTYPE, **fields: Any) -> tarfile.TarInfo:

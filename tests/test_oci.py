@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from storage import oci
@@ -338,7 +338,6 @@ def test_the_media_type_follows_from_the_form_where_none_is_given(body: Any, med
         b'{"annotations":{"a":{}}}',
         b"[" * 100_000,
         b'{"a":' * 100_000,
-        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
         b'{"annotations":' * 100_000,
     ],
     ids=lambda content: repr(content[:30]),
@@ -370,6 +369,7 @@ _JSON = st.recursive(
 @pytest.mark.clients
 @UNTIMED
 @given(st.binary() | _JSON.map(lambda value: json.dumps(value).encode()))
+@example(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)  # too deep for Python before 3.14
 def test_of_garbage_comes_a_manifest_or_a_refusal(content: bytes) -> None:
     try:
         found = parse_manifest(content)

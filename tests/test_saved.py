@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from backports import zstd
 
 from storage.archives.saved import short_name
 from storage.errors import ArchiveInvalid
 from storage.oci import Digest, Tag
-from tests.archives import IMAGE_NAME, REF_NAME, Files, digest_of, index, packed, saved, tar
+from tests.archives import IMAGE_NAME, REF_NAME, Files, digest_of, index, packed, saved, tar, zstd
 from tests.archives import Made as Image
 from tests.test_import_plan import NAME, Site, site
 from tests.upstream.content import OCI_CONFIG, OCI_MANIFEST, describe

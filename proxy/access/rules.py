@@ -22,6 +22,7 @@ from proxy.config.access import ACTIONS, Action
 from proxy.config.hosts import Network
 from proxy.config.values import ClientMatcher
 from proxy.telemetry.exchange import KeyLock
+from storage.names import untranslated
 
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -212,9 +213,8 @@ def _everybody(principal: Principal) -> Principal:
 
 def _literal_start(pattern: re.Pattern[str]) -> str:
     """Text that all matches of the pattern begin with; "" in doubt."""
-    text = pattern.pattern
-    if translated := text.startswith("(?s:"):  # by fnmatch
-        text = text[4:].removesuffix(r")\Z")
+    text = untranslated(pattern.pattern)
+    translated = text != pattern.pattern
     if "|" in text or "(?#" in text or pattern.flags & (re.IGNORECASE | re.VERBOSE):
         return ""
     found = re.match(r"(?:[A-Za-z0-9_/:@-]|\\[^A-Za-z0-9])*", text)

@@ -28,7 +28,7 @@ from proxy.cache.transfers import Transfers
 from proxy.telemetry.exchange import current
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.tracing import current_span, step
-from storage.concurrency import SingleFlight, uninterrupted
+from storage.concurrency import SingleFlight, shielded, uninterrupted
 from storage.disk.health import MakeRoom, make_no_room
 from storage.disk.kept import show_parts, shown_parts
 from storage.disk.sparse import SparseUpload
@@ -126,8 +126,8 @@ class Fills:
             fill.demand()
         if span is not None:
             await self._start_by_range(fill, source, span)
-        # shield: a client that disconnects must not cancel what others wait for.
-        started = await asyncio.shield(fill.started)
+        # shielded: a client that disconnects must not cancel what others wait for.
+        started = await shielded(fill.started)
         fill.link_writer(current_span.get())
         result = "hit" if started and started[0].complete else "miss"
         parts = await follow_parts(fill, source, self._metrics, started, span) if started and lazy else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from proxy.config.hosts import Address, host_of, is_loopback
 from proxy.config.schema import EVERYTHING, Config, Hosting
+from storage.names import untranslated
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +176,12 @@ def _retention(name: str, hosting: Hosting) -> Iterator[Advice]:
 
 def _plain_text(pattern: re.Pattern[str]) -> str:
     """The text of a pattern without the marks of a translated glob."""
-    return pattern.pattern.removeprefix("(?s:").replace("\\", "")
+    return untranslated(pattern.pattern).replace("\\", "")
 
 
 def _impossible(pattern: str) -> str:
     """A sign that a match of the pattern has and no tag does; empty if there is none, or in doubt."""
-    text = re.sub(r"\[[^]]*\]|\\.", "", pattern.removeprefix("(?s:").removesuffix(r")\Z"))
+    text = re.sub(r"\[[^]]*\]|\\.", "", untranslated(pattern))
     found = None if "|" in text or "(" in text else re.search(r"[/:@](?![?*{])", text)
     return found[0] if found else ""
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from storage.concurrency import shielded
+
 _END = b"\0"  # of the message
 
 
@@ -55,7 +57,7 @@ class ForkedProcess:
     async def wait(self) -> int:
         """Its exit status once it has ended; negative if a signal ended it."""
         assert self._ended is not None
-        return await asyncio.shield(self._ended)
+        return await shielded(self._ended)
 
     async def _status(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
         with suppress(ConnectionError):

@@ -44,6 +44,7 @@ from proxy.telemetry import tracers
 from proxy.web.activation import PassedSockets
 from proxy.web.sockets import Sockets, sockets_of
 from proxy.web.tls import Certificates
+from storage.concurrency import shielded
 from storage.limits import RateLimit
 from storage.shared import SharedState
 
@@ -200,8 +201,8 @@ class Supervisor:
             log.info("config.reloaded", workers=config.processes())
             notify.ready()
             if self._draining is not None:
-                # shield: stop() may cancel this task, and then waits for the same processes.
-                await asyncio.shield(self._retire(self._draining))
+                # shielded: stop() may cancel this task, and then waits for the same processes.
+                await shielded(self._retire(self._draining))
                 self._draining = None
 
     def _change_bandwidths(self, old: Config, new: Config) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from proxy.transfer.blob_copy import BlobCopy, ProgressListener, RetryPolicy
+from storage.concurrency import shielded
 from storage.errors import (
     BlobUnknown,
     Denied,
@@ -154,7 +155,7 @@ class Copier:
         key = route.target, digest
         if (task := self._copies.get(key)) is None:
             task = self._copies[key] = asyncio.create_task(self._take(route, digest, signed))
-        return await asyncio.shield(task)
+        return await shielded(task)
 
     async def _take(self, route: CopyRoute, digest: Digest, signed: bool) -> bool:
         destination, target = self._destination, route.target

@@ -19,7 +19,7 @@ from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks.event import Event, EventAction
 from proxy.webhooks.queue import Queue
-from storage.concurrency import run_in_thread
+from storage.concurrency import run_in_thread, shielded
 from storage.errors import StorageFailed
 from storage.oci import Digest, Tag
 
@@ -63,7 +63,7 @@ class Publisher:
             self._written = asyncio.get_running_loop().create_future()
         written = self._written
         self._write()
-        await asyncio.shield(written)
+        await shielded(written)
 
     async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         """Publish that a tag moved; `repository` is a full name."""

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from storage.concurrency import Waiters, run_in_thread
+from storage.concurrency import Waiters, run_in_thread, shielded
 from storage.disk.hashing import thread_memory
 from storage.disk.health import translated, write_all
 from storage.disk.locks import POLL, leads_to, try_lock, unlock
@@ -276,9 +276,9 @@ class FileUpload(Upload):
         return self._complete or self._end_of(0) >= stop
 
     async def _flushed(self) -> None:
-        # shield: the caller may be cancelled, but the file must not be closed while a thread writes it.
+        # shielded: the caller may be cancelled, but the file must not be closed while a thread writes it.
         while self._flusher is not None:
-            await asyncio.shield(self._flusher)
+            await shielded(self._flusher)
 
     async def commit(self, digest: Digest) -> Descriptor:
         await self._flushed()

@@ -25,7 +25,7 @@ from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import DIGEST
 from proxy.web.send import reset
 from storage.archives.exporter import Sink, TarSink
-from storage.concurrency import run_in_thread
+from storage.concurrency import run_in_thread, shielded
 from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
 from storage.oci import Digest
 
@@ -122,7 +122,7 @@ class BundleRoutes:
         transport, connection = request.transport, request.get_extra_info("socket")
         writing = asyncio.ensure_future(self._write(request, response, selection))
         try:
-            await asyncio.shield(writing)
+            await shielded(writing)
             await response.write_eof()
         except asyncio.CancelledError:
             reset(transport, connection)  # so that the thread stops waiting for the client

@@ -119,11 +119,11 @@ class Breaker:
     def pause(self) -> float | None:
         """Seconds until to ask the host again, if it may be back in a moment; else None."""
         circuit, now = self._circuit(), self._clock()
-        if not time_left(circuit.lost, self._moment, now):
+        is_open = circuit.error is not None
+        # Whoever comes in the last pause waits for its end as well.
+        if not time_left(circuit.lost, self._moment, circuit.since if is_open else now):
             return None
-        if circuit.error is None:
-            return self._rest(circuit, now)
-        return self._left(circuit) or (0.0 if self.due else SOON)
+        return self._left(circuit) or (0.0 if self.due else SOON) if is_open else self._rest(circuit, now)
 
     def _rest(self, circuit: _Circuit, now: float) -> float:
         """Seconds between two requests to a host that may be back in a moment: more, the longer it takes."""

@@ -570,9 +570,33 @@ def test_collisions_are_found_however_a_manifest_is_written() -> None:
     assert refused > 100 and passed > 100
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"7", b'{"a":', b'["Layers"]', b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"[]", b"7", b'["Layers"]'])
 def test_what_is_no_object_has_no_keys(content: bytes) -> None:
     assert key_collision(content) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b'{"a":', b"[" * 1_000_000])
+def test_of_what_is_not_read_it_is_unknown_whether_keys_collide(content: bytes) -> None:
+    with pytest.raises((ValueError, RecursionError)):
+        key_collision(content)
+
+
+@pytest.mark.parametrize(
+    "depth", [1, 985, 990, 993, 995, 997, 1000, 2000, 9990, 9999, 10_010, 50_000, 70_000, 200_000]
+)
+def test_a_collision_is_found_beside_what_is_deep(depth: int) -> None:
+    """Python versions differ in how deep they read, and msgspec reads deeper than json."""
+    deep = b'{"a":' * depth + b"1" + b"}" * depth
+    with pytest.raises(ManifestInvalid):
+        parse_manifest(b'{"x":' + deep + b',"layers":[],"Layers":[]}')
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"\xc0\xaf", b"\xed\xa0", b"a\x00"])
+def test_a_collision_is_found_beside_text_that_is_no_UTF_8(text: bytes) -> None:
+    """msgspec does not decode the members that it skips; Go replaces what it cannot decode."""
+    for content in (b'{"x":"%s","layers":[],"Layers":[]}', b'{"%s":1,"layers":[],"Layers":[]}'):
+        with pytest.raises(ManifestInvalid):
+            parse_manifest(content % text)
 
 
 def test_the_media_type_of_a_manifest_whose_keys_collide() -> None:

@@ -358,6 +358,13 @@ class Hosted(Registry):
             raise Denied(f"tag {tag} of {self._full(repository)} is immutable (store.immutable_tags)")
 
 
+def _collides(content: bytes) -> bool:
+    try:
+        return key_collision(content) is not None
+    except (ValueError, RecursionError):
+        return False  # it is no JSON
+
+
 def _checked(manifest: Manifest) -> ManifestContent | None:
     """Parse a pushed manifest.  None if its type and its form are unknown.  Raises ManifestInvalid."""
     media_type, declared = manifest.media_type, declared_type(manifest.content)
@@ -375,7 +382,7 @@ def _checked(manifest: Manifest) -> ManifestContent | None:
     try:
         content = parse_manifest(manifest.content)
     except ManifestInvalid:
-        if known or key_collision(manifest.content) is not None:
+        if known or _collides(manifest.content):
             raise
         return None
     # What has the forms of an image and of an index is read differently by different clients.

@@ -71,7 +71,13 @@ async def test_stale_where_only_the_new_manifest_cannot_be_had(
 
 @pytest.mark.parametrize(
     ("fault", "seconds"),
-    [(RetryAfter(5, 500), 10), (RetryAfter(60), 60), (RetryAfter(30, 503), 30), (RetryAfter(3), 10)],
+    [
+        (RetryAfter(5, 500), 10),
+        (RetryAfter(60), 60),
+        (RetryAfter(30, 503), 30),
+        (RetryAfter(3), 10),
+        (RetryAfter(86400, 503), 600),
+    ],
     ids=str,
 )
 async def test_an_origin_that_failed_is_let_alone_for_a_while(

@@ -97,6 +97,7 @@ class CheckedRegistry(Registry):
         return await self._registry.resolve_blob(repository, digest)
 
 
+LONGEST_PAUSE = 600.0  # seconds without asking about what is known, whatever Retry-After says
 RECENT = 5.0  # seconds after a failure in which the origin is expected to fail again
 
 
@@ -161,7 +162,8 @@ class Origin:
 
     def pause(self, key: RequestKey, error: RegistryError) -> None:
         """Have the known value served for a while, instead of asking again at every request."""
-        self._paused.put(key, max(self._policy.negative_for, error.retry_after or 0), error)
+        seconds = min(LONGEST_PAUSE, error.retry_after or 0)
+        self._paused.put(key, max(self._policy.negative_for, seconds), error)
 
     def resume(self, key: RequestKey) -> None:
         self._paused.drop(key)

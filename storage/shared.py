@@ -15,7 +15,7 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TypeVar
 
@@ -200,38 +200,51 @@ class Bell:
     def __init__(self, file: int | None = None) -> None:
         self._file = file
         self._listening: set[asyncio.Event] = set()
+        self._stop: Callable[[], None] | None = None
 
     def ring(self) -> None:
         if self._file is not None:
             os.eventfd_write(self._file, 1)
         else:
-            for each in self._listening:
-                each.set()
+            self._wake()
+
+    def _wake(self) -> None:
+        for each in self._listening:
+            each.set()
 
     @contextmanager
     def listen(self) -> Iterator[asyncio.Event]:
-        """An event that is set whenever the bell rings, and now and then without that."""
+        """An event that is set whenever the bell rings, and now and then without that.
+
+        Raises OSError if no descriptors are left: all who listen take one together.
+        """
+        if self._file is not None and self._stop is None:
+            self._stop = self._watch(self._file)
         rung = asyncio.Event()
-        if self._file is None:
-            self._listening.add(rung)
-            try:
-                yield rung
-            finally:
-                self._listening.discard(rung)
-            return
-        loop = asyncio.get_running_loop()
-        with select.epoll(1) as rings:
-            rings.register(self._file, select.EPOLLIN | select.EPOLLET)
+        self._listening.add(rung)
+        try:
+            yield rung
+        finally:
+            self._listening.discard(rung)
+            if self._stop is not None and not self._listening:
+                self._stop()
+                self._stop = None
 
-            def heard() -> None:
-                rings.poll(0)
-                rung.set()
+    def _watch(self, file: int) -> Callable[[], None]:
+        """Wake up all at each ring, until what is returned is called."""
+        loop, rings = asyncio.get_running_loop(), select.epoll(1)
+        rings.register(file, select.EPOLLIN | select.EPOLLET)
 
-            loop.add_reader(rings, heard)
-            try:
-                yield rung
-            finally:
-                loop.remove_reader(rings)
+        def heard() -> None:
+            rings.poll(0)
+            self._wake()
+
+        def stop() -> None:
+            loop.remove_reader(rings)
+            rings.close()
+
+        loop.add_reader(rings, heard)
+        return stop
 
 
 class SharedState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +82,33 @@ async def test_a_fill_that_passes_the_limit_makes_the_oldest_go(
     assert images[0].layers[0] not in held
     assert sum(path.stat().st_size for path in (site.directory / "cache" / "blobs").glob("*/*/*")) <= 500_000
     await pull(site, images[0], "v0")
+
+
+async def test_all_who_ask_for_room_meanwhile_share_one_look(
+    serve: Serve, upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = (await serve(upstream, top=disk(tmp_path))).app.housekeeper
+    looked: list[int] = []
+    begun, more = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def over(coming: int) -> int:
+        looked.append(coming)
+        loop.call_soon_threadsafe(begun.set)
+        more.wait(10)
+        return 0
+
+    monkeypatch.setattr(keeper._eviction, "over", over)
+    first = asyncio.create_task(keeper.make_room(5))
+    await begun.wait()
+    others = [asyncio.create_task(keeper.make_room(each)) for each in (1, 70, 0)]
+    await asyncio.sleep(0)
+    others[1].cancel()
+    more.set()
+    await asyncio.gather(first, *others, return_exceptions=True)
+    assert looked == [5, 70]
+    await keeper.make_room(2)
+    assert looked == [5, 70, 2]
 
 
 async def test_a_pin_stays_whatever_its_age(

@@ -75,6 +75,8 @@ class Housekeeper:
         self._stopping = threading.Event()
         self._stored_by: set[str] = set()  # namespaces whose stored bytes are in the metrics
         self.evicting = asyncio.Lock()  # held by every eviction of this process
+        self._evictions = 0  # that make room
+        self._coming = 0  # bytes, at most, for which one is asked for room that waits
         self._schedule = schedule
         self._fetching: set[asyncio.Task[object]] = set()
 
@@ -141,8 +143,13 @@ class Housekeeper:
             await self._composition.guard.holds.forget()
 
     async def make_room(self, coming: int) -> None:
-        """Evict if the cache and `coming` bytes more exceed a limit."""
+        """Evict if the cache and `coming` bytes more exceed a limit; who ask meanwhile share a look."""
+        self._coming, asked = max(self._coming, coming), self._evictions
         async with self.evicting:
+            if self._evictions > asked:
+                return
+            self._evictions += 1
+            coming, self._coming = self._coming, 0
             with suppress(StorageFailed, Cancelled):
                 if await run_in_thread(self._eviction.over, coming):
                     await run_in_thread(self._eviction.shrink, coming)

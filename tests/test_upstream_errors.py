@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+import ssl
 import time
 from collections.abc import Awaitable
 from email.utils import formatdate
 from typing import Any
+from unittest.mock import Mock
 
+import aiohttp
 import pytest
 
+from proxy.upstream.errors import is_brief
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -84,3 +90,32 @@ async def test_a_400_by_http_may_mean_https(ask: Ask, upstream: Upstream) -> Non
     upstream.next("GET", lambda request: True, Status(400), times=9)
     with pytest.raises(OriginFailed, match=r"answered 400 .*: if it serves https, write"):
         await read(ask(upstream.url), image.layers[0])
+
+
+def connecting(error: OSError) -> aiohttp.ClientConnectorError:
+    return aiohttp.ClientConnectorError(Mock(), error)
+
+
+@pytest.mark.parametrize(
+    ("error", "brief"),
+    [
+        (connecting(ConnectionRefusedError(errno.ECONNREFUSED, "refused")), True),
+        (connecting(ConnectionResetError(errno.ECONNRESET, "reset, in the handshake")), True),
+        (aiohttp.ClientOSError(errno.EPIPE, "broken pipe"), True),
+        (aiohttp.ClientConnectionResetError("Cannot write to closing transport"), True),
+        (aiohttp.ServerDisconnectedError(), True),
+        (aiohttp.ClientPayloadError("it broke off"), True),
+        (connecting(OSError(errno.ENETUNREACH, "a site that is cut off")), False),
+        (connecting(OSError(errno.EHOSTUNREACH, "no such host")), False),
+        (connecting(OSError(errno.EACCES, "a private address")), False),
+        (connecting(socket.gaierror(socket.EAI_AGAIN, "no name server")), False),
+        (connecting(socket.gaierror(socket.EAI_NONAME, "no such name")), False),
+        (connecting(ssl.SSLCertVerificationError(1, "expired")), False),
+        (aiohttp.ConnectionTimeoutError(), False),
+        (TimeoutError(), False),
+        (aiohttp.ClientConnectionError("all connections were closed"), False),
+        (aiohttp.InvalidURL("nonsense"), False),
+    ],
+)
+def test_what_may_be_over_in_a_moment(error: Exception, brief: bool) -> None:
+    assert is_brief(error) == brief

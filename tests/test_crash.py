@@ -65,7 +65,7 @@ elif step == "before the manifest":
 elif step == "before the tag":
     stop(records.SQLiteBatch, "put", lambda self, key, value: key.startswith("tag "))
 elif step == "before the answer":
-    stop(push.Push, "_created", lambda self, *arguments: True)
+    stop(push, "created", lambda *arguments: True)
 
 async def main():
     app = ServerProcess(load(Path(sys.argv[1]), {}))

@@ -6,6 +6,10 @@ The lease of a blob is its last use.  Both are taken in a write transaction, bef
 answered, and the collection checks them in the transaction that removes.  So one of the two comes first:
 either the content is kept, or the answer is that it is unknown, and the client sends it.
 
+If a lease cannot be written, as while the database is away, the client is answered all the same: it may be
+one that pulls.  A collection by another server may then come before the manifest, which is refused, unless
+the namespace is sparse: its client pushes again.
+
 A lease is renewed when it is older than half the grace period, so that most answers write nothing; hence it
 holds for one and a half times that period, which is at least the period after every answer.
 """
@@ -49,7 +53,7 @@ class Leases:
     async def blob(self, repository: str, digest: Digest, used_at: float) -> None:
         """Lease a blob that was last used at `used_at`.  Raises BlobUnknown if it is no longer stored."""
         if self.due(used_at) and not self._store.cut_off:
-            with suppress(StorageFailed):  # a disk that fails to write can still serve, and removes nothing
+            with suppress(StorageFailed):  # what can still be read is served
                 await self._store.run(self._blob, repository, digest)
 
     def _blob(self, repository: str, digest: Digest) -> None:

@@ -17,6 +17,7 @@ from storage.conditions import Conditions
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageUnavailable
 from storage.maintenance.retention import KeepTags, RetentionRules
+from storage.postgres.records import PostgresRecords
 from storage.records import Batch
 from tests.conftest import Clock
 
@@ -69,6 +70,16 @@ class FailingRecords(SQLiteRecords):
 
     def delete(self, key: str) -> bool:
         return self.transaction(lambda batch: batch.delete(key), shared=True)
+
+    def transaction(self, work: Callable[[Batch], Any], shared: bool = False) -> Any:
+        with self._failures.around():
+            return super().transaction(work, shared)
+
+
+class FailingPostgres(PostgresRecords):
+    def __init__(self, url: str, clock: Clock, failures: Failures) -> None:
+        super().__init__(url, clock)
+        self._failures = failures
 
     def transaction(self, work: Callable[[Batch], Any], shared: bool = False) -> Any:
         with self._failures.around():

@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -45,13 +45,15 @@ from storage.maintenance.collection import Collection
 from storage.maintenance.leases import Leases
 from storage.maintenance.retention import RetentionRules
 from storage.oci import Digest, Tag
+from storage.records import Records
 from storage.registry import Upload
 from storage.store import Store
 from storage.values import StoredObject
 from tests.bench.clients import BenchError
-from tests.bench.expected import GRACE, IMMUTABLE, RULES, FailingBucket, FailingRecords, Key
+from tests.bench.expected import GRACE, IMMUTABLE, RULES, FailingBucket, FailingPostgres, FailingRecords, Key
 from tests.bench.image_writes import REPOSITORIES, ImageWrites, Server
 from tests.counted import counts, plain, totals
+from tests.postgres import PostgresServer
 
 DAY = 86400.0
 PIECE = 20_000  # bytes that are written at a time
@@ -62,12 +64,18 @@ FAILING = (0.0, 0.0, 0.05, 0.25)  # the share of what fails, in a round
 class Run(ImageWrites):
     """Rounds on the `servers`, which are in `place`."""
 
-    def __init__(self, kind: str, place: Path, random: Random) -> None:
+    def __init__(self, kind: str, place: Path, random: Random, database: str = "") -> None:
         super().__init__(place, random)
         self.done: Counter[str] = Counter()
-        self._records = FailingRecords(place / "records", self.clock, self.failures, kind == "two servers")
-        self._servers = [self._server(kind, name) for name in ("one", "other")[: 1 + (kind == "two servers")]]
         self._files = kind == "files"
+        self._records: Records = FailingRecords(
+            place / "records", self.clock, self.failures, kind == "two servers"
+        )
+        self._servers = []
+        for name in ("one", "other")[: 2 - (kind in ("files", "bucket"))]:
+            if database:
+                self._records = FailingPostgres(database, self.clock, self.failures)
+            self._servers.append(self._server(kind, name))
         self._uploads: dict[str, tuple[str, bytes]] = {}  # the repository, and what is to be sent
         self._favourite = ""  # an upload of which several requests are likely
 
@@ -159,10 +167,10 @@ class Run(ImageWrites):
         if (found := await self._resumed(server)) is not None:
             upload, _, content = found
             part = self._random.random() < 0.25
-            await self._send(
-                upload, content, self._random.randrange(len(content) + 1) if part else len(content)
-            )
-            await upload.suspend()
+            stop = self._random.randrange(len(content) + 1) if part else len(content)
+            with suppress(BlobUploadUnknown):  # another one has just ended it
+                await self._send(upload, content, stop)
+                await upload.suspend()
 
     async def finish(self, server: Server, _: str) -> None:
         if (found := await self._resumed(server)) is None:
@@ -171,7 +179,8 @@ class Run(ImageWrites):
         if self._random.random() < 0.4:
             await self._send(upload, content, len(content))
         if upload.offset < len(content):
-            await upload.suspend()
+            with suppress(BlobUploadUnknown):
+                await upload.suspend()
             return
         digest = Digest.of(content + b"?") if self._random.random() < 0.1 else Digest.of(content)
         self.expected.may(key := ("blob", repository, digest), digest)
@@ -243,12 +252,25 @@ class Run(ImageWrites):
             wrong += [f"left: {path}" for name in ("partial", "locks") for path in (root / name).iterdir()]
             if plain(totals(server.store)) != plain(counts(server.store)):
                 wrong.append("the totals are wrong")
-        self._records.close()
+        for server in self._servers:
+            await server.store.close()
 
 
-async def sample(kind: str, seed: int, rounds: int) -> Run:
+@contextmanager
+def postgres() -> Iterator[Callable[[], str]]:
+    """A server, and what makes the URL of an empty database."""
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server.database
+        server.stop()
+    finally:
+        server.remove()
+
+
+async def sample(kind: str, seed: int, rounds: int, database: str = "") -> Run:
     with tempfile.TemporaryDirectory(prefix="entrepot-bench-") as place:
-        run = Run(kind, Path(place), Random(seed))
+        run = Run(kind, Path(place), Random(seed), database)
         for _ in range(rounds):
             await run.round()
         await run.end()
@@ -270,14 +292,15 @@ def main(rounds: int, seeds: int, seed: int, only: str | None) -> None:
         "|---|--:|--:|--:|--:|--:|"
     )
     wrong = 0
-    for kind in ("files", "bucket", "two servers"):
+    for kind in ("files", "bucket", "two servers", "PostgreSQL"):
         if only is not None and only not in kind:
             continue
         begun, runs = time.process_time(), []
-        for number in range(seed, seed + seeds):
-            runs.append(asyncio.run(sample(kind, number, rounds)))
-            for each in runs[-1].expected.wrong:
-                print(f"  seed {number}: {each}", file=sys.stderr)
+        with postgres() if kind == "PostgreSQL" else nullcontext(lambda: "") as database:
+            for number in range(seed, seed + seeds):
+                runs.append(asyncio.run(sample(kind, number, rounds, database())))
+                for each in runs[-1].expected.wrong:
+                    print(f"  seed {number}: {each}", file=sys.stderr)
         collected = sum(each.done.pop("collected blobs") for each in runs)
         failures, found = (
             sum(each.failures.number for each in runs),

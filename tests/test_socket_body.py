@@ -451,7 +451,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-OPTIONS = {"insecure_skip_verify": True}
+# With time: a busy machine may not come to what it has received for seconds.
+OPTIONS = {"insecure_skip_verify": True, "header_timeout": "1m", "progress_timeout": "1m"}
 
 
 @pytest.mark.parametrize("clients", [1, 3])

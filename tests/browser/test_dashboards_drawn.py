@@ -88,7 +88,7 @@ class Traffic:
         await self.pull(number, 2 + number % 8)
         assert await self.get("library/app/manifests/absent") == 404
         if 6 <= number % 12 < 9:
-            self.strange.next("GET", f"{number}", Status(503), times=3)
+            self.strange.next("GET", f"{number}", Status(500), times=3)
             assert await self.get(f"library/app/manifests/{number}?ns=strange.example") >= 500
             assert await self.get("library/app/manifests/1?ns=closed.example") >= 400
             assert await self.get("library/app/manifests/1?ns=down.example") >= 500

@@ -2,13 +2,12 @@
 # Expected: nginx with `proxy_cache` in front of a registry passes HEAD on as HEAD, or answers it from the cache: HEAD
 #   is how clients ask whether a blob is there and what a tag stands for, without transferring or counting as a pull.
 # Actual: by default (`proxy_cache_convert_head on`) the registry gets a GET for each HEAD that is not cached: the whole
-#   blob is transferred and stored, whoever asked. With `off` and nothing else, the answer to a HEAD is stored for GET,
-#   too: a GET after it gets 200 with the length, and waits for a body that never comes. The key of the cache needs
-#   `$request_method`.
+#   blob is transferred and stored, whoever asked. `proxy_cache_convert_head off` passes HEAD on; the key of the cache
+#   needs `$request_method` then, as nginx's documentation says.
 # Versions: nginx 1.22.1-9+deb12u11 (Debian 12).
 # Why a registry cache must care: behind such an nginx, or with one before its upstream, each push asks by HEAD for the
 #   layers that it has, and moves them; a check of a tag by HEAD, which Docker Hub does not count, counts as a pull
-#   there. And a body that has not begun needs a limit of time, as one that stops has.
+#   there.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -33,7 +32,6 @@ BLOB = bytes(8_000_000)
 PATH = f"/v2/app/blobs/sha256:{hashlib.sha256(BLOB).hexdigest()}"
 SETTINGS = {
     "default": "",
-    "convert_head off": "proxy_cache_convert_head off;",
     "convert_head off, method in the key": "proxy_cache_convert_head off; proxy_cache_key $request_method$uri;",
 }
 sent: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -61,12 +59,9 @@ def ask(port: int, method: str) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     connection.request(method, PATH)
     response = connection.getresponse()
-    try:
-        return f"{method} {response.status}, {len(response.read())} bytes"
-    except TimeoutError:
-        return f"{method} {response.status}, Content-Length {response.headers['Content-Length']}, no body within 5 s"
-    finally:
-        connection.close()
+    body = response.read()
+    connection.close()
+    return f"{method} {response.status}, {len(body)} bytes"
 
 
 registry = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry)
@@ -96,7 +91,6 @@ for number, (name, setting) in enumerate(SETTINGS.items()):
         steps = [f"client {ask(port, 'HEAD')}", f"registry {sent.get(timeout=20)}"]
         if setting:
             steps.append(f"client {ask(port, 'GET')}")
-        if "key" in setting:
             steps.append(f"registry {sent.get(timeout=20)}")
     finally:
         nginx.terminate()
@@ -105,11 +99,14 @@ for number, (name, setting) in enumerate(SETTINGS.items()):
     seen[name] = steps
     print(f"{name}: {'; '.join(steps)}")
 whole = f"{len(BLOB)} bytes"
-head = ["client HEAD 200, 0 bytes", "registry HEAD: 0 bytes"]
 holds = seen == {
-    "default": [head[0], f"registry GET: {whole}"],
-    "convert_head off": [*head, f"client GET 200, Content-Length {len(BLOB)}, no body within 5 s"],
-    "convert_head off, method in the key": [*head, f"client GET 200, {whole}", f"registry GET: {whole}"],
+    "default": ["client HEAD 200, 0 bytes", f"registry GET: {whole}"],
+    "convert_head off, method in the key": [
+        "client HEAD 200, 0 bytes",
+        "registry HEAD: 0 bytes",
+        f"client GET 200, {whole}",
+        f"registry GET: {whole}",
+    ],
 }
 print("as stated" if holds else "CHANGED")
 sys.exit(not holds)

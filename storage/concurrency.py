@@ -59,15 +59,15 @@ async def shielded(work: Awaitable[T]) -> T:
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError:
-            task.add_done_callback(_retrieve)
+            task.add_done_callback(mark_retrieved)
             raise
     return task.result()
 
 
-def _retrieve(task: asyncio.Future[Any]) -> None:
-    """Mark its exception as retrieved."""
-    if not task.cancelled():
-        task.exception()
+def mark_retrieved(future: asyncio.Future[Any]) -> None:
+    """Have an error that comes when nobody waits any more not be logged as lost."""
+    if not future.cancelled():
+        future.exception()
 
 
 class Waiters:
@@ -125,7 +125,7 @@ class SingleFlight:
 
     def _forget(self, key: Hashable, flight: asyncio.Future[Any]) -> None:
         del self._flights[key]
-        _retrieve(flight)  # all callers may have been cancelled
+        mark_retrieved(flight)  # all callers may have been cancelled
 
     async def close(self) -> None:
         flights = list(self._flights.values())
@@ -171,6 +171,4 @@ async def run_cancellable(work: Callable[..., T], *arguments: object) -> T:
     except asyncio.CancelledError:
         end.set()
         await asyncio.wait([running])
-        if not running.cancelled():
-            running.exception()  # mark it as retrieved
         raise

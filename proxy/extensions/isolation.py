@@ -13,6 +13,8 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from storage.concurrency import mark_retrieved
+
 T = TypeVar("T")
 
 LONGEST = 300  # characters of a message
@@ -66,7 +68,7 @@ class Isolation:
         self._check_free()
         future, cancel = self._submit(work)
         waiting = asyncio.wrap_future(future)
-        waiting.add_done_callback(_retrieve)
+        waiting.add_done_callback(mark_retrieved)
         try:
             done, _ = await asyncio.wait({waiting}, timeout=seconds)
         except asyncio.CancelledError:
@@ -145,12 +147,6 @@ class Isolation:
         self._closing = True
         self._soon(self._loop.stop)
         return self._thread
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Have an error that comes when nobody waits any more not be logged as lost."""
-    if not future.cancelled():
-        future.exception()
 
 
 def fault_of(error: BaseException) -> ExtensionFault:

@@ -8,6 +8,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     blobs <digest>                              when a stored blob was used as far as is known; its size
     referrers <repository> <subject> <digest>   a manifest that refers to `subject`
     listing <repository> <what>                 what an origin listed, or does not have
+    absent <slot>                               what an origin does not have, for as long as the slot is its
     pushed <repository>                         how often the repository's tags and manifests changed
     lease <repository> <digest>                 when a push in progress last learned that a manifest is stored
     pulled <repository> <tag>                   when a tag of a private registry was last pulled
@@ -103,6 +104,7 @@ LINK = RecordKind("link")
 BLOB = RecordKind("blobs", 1)
 REFERRER = RecordKind("referrers", 3)
 LISTING = RecordKind("listing")
+ABSENT = RecordKind("absent", 1)
 CHANGES = RecordKind("pushed", 1)
 LEASE = RecordKind("lease")
 PULLED = RecordKind("pulled")

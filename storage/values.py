@@ -4,6 +4,7 @@
     manifest    media type, time of storing, newline, the exact bytes
     link        size in bytes, time of linking
     referrers   the descriptor of the referrer, as JSON
+    absent      time of the answer, code of the error, repository, what is absent
     object      size in bytes, time of last use, key
     blob        time of last use, in milliseconds with 14 digits, so that records sort by it; size in bytes
 
@@ -60,6 +61,24 @@ class StoredManifest(NamedTuple):
         media_type, _, time = head.rpartition(b" ")
         stored_at = _number(time)
         return None if stored_at is None else cls(media_type.decode(*_TEXT), stored_at, content)
+
+
+class Absence(NamedTuple):
+    """What an origin did not have when it was last asked, and with which error it said so."""
+
+    at: float
+    code: str
+    repository: str
+    what: str
+
+    def encode(self) -> bytes:
+        return f"{self.at} {self.code} {self.repository} {self.what}".encode()
+
+    @classmethod
+    def parse(cls, record: bytes | None) -> Absence | None:
+        time, *fields = (record or b"").decode(*_TEXT).split(" ", 3)
+        at = _number(time.encode(*_TEXT))
+        return None if at is None or len(fields) != 3 else cls(at, *fields)
 
 
 class Link(NamedTuple):

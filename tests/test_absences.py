@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from proxy.cache import absences
 from proxy.cache.absences import subject_of
+from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.upstream.transport import RETRIES
+from storage.errors import ManifestUnknown, Unavailable
 from storage.oci import Digest, Tag
 from tests.conftest import Clock, Serve, Site
 from tests.pulls import FRESH, TAG, code_of, manifest_of, pull
 from tests.upstream import Fault, Manifest, RetryAfter, Status, Upstream
 
 DIGEST = "sha256:" + "1" * 64
+DAY = 86_400.0  # seconds
+UNASKED = [manifest_of("new"), "/v2/new/tags/list", f"/v2/a/b/blobs/{DIGEST}"]
 
 
 def referrers_of(image: Manifest | str) -> str:
@@ -126,18 +131,142 @@ async def test_an_origin_with_the_api_is_not_said_to_have_none(
     assert (await pull(site, referrers_of(other)))[0] == 502
 
 
-async def test_nothing_is_kept_of_an_image_that_is_not_stored(
-    serve: Serve, registry: Upstream, clock: Clock
-) -> None:
+async def purge(site: Site, repository: str = "a/b") -> None:
+    assert site.app.admin_url is not None
+    pattern = {"pattern": f"docker.io/{repository}"}
+    async with site.session.post(site.app.admin_url / "api/v1/purge", json=pattern) as response:
+        assert response.status == 200
+
+
+ABSENT = [
+    manifest_of("other"),
+    manifest_of(DIGEST),
+    manifest_of(DIGEST.replace(":", "-") + ".sig"),
+    referrers_of(DIGEST),
+    "/v2/a/tags/list",
+    "/v2/a/manifests/latest",
+    manifest_of("tags"),
+    manifest_of("referrers"),
+]
+
+
+async def test_the_last_404_is_answered_for_a_day(serve: Serve, registry: Upstream, clock: Clock) -> None:
     registry.image("a/b", "latest")
     site = await serve(registry)
-    paths = referrers_of(DIGEST), manifest_of(DIGEST.replace(":", "-") + ".sig")
-    for path in paths:
-        assert (await pull(site, path))[0] == 404
+    codes = [code_of((await pull(site, path))[1]) for path in ABSENT]
+    await site.app.stop()
+    await registry.stop()
+    site = await serve(registry)
+    clock.advance(DAY - 1)
+    for path, code in zip(ABSENT, codes, strict=True):
+        status, body, came = await pull(site, path)
+        assert (status, code_of(body), came) == (404, code, "entrepot; hit; detail=negative")
+        assert "when it was last asked, and cannot be asked now" in body.decode()
+        async with site.request("HEAD", path) as response:
+            assert response.status == 404
+    assert [(await pull(site, path))[0] for path in UNASKED] == [502] * len(UNASKED)
+    clock.advance(1)
+    assert [(await pull(site, path))[0] for path in ABSENT] == [502] * len(ABSENT)
+
+
+async def test_an_absence_may_be_kept_for_no_time(serve: Serve, registry: Upstream, clock: Clock) -> None:
+    registry.image("a/b", "latest")
+    site = await serve(registry, absent_for="0s")
+    for path in ABSENT:
+        await pull(site, path)
     await registry.stop()
     clock.advance(FRESH + 1)
-    for path in paths:
-        assert (await pull(site, path))[0] == 502
+    assert [(await pull(site, path))[0] for path in ABSENT] == [502] * len(ABSENT)
+
+
+@pytest.mark.parametrize("path", [manifest_of("other"), manifest_of(DIGEST), "/v2/a/b/tags/list"])
+@pytest.mark.parametrize("deny", [True, False])
+async def test_the_last_refusal_is_answered(
+    serve: Serve, registry: Upstream, clock: Clock, path: str, deny: bool
+) -> None:
+    """Docker Hub answers 401 for what it does not have."""
+    site = await serve(registry, top={"fallback": "deny"} if deny else {})
+    registry.next("GET", path, Status(401))
+    refused = (await pull(site, path))[0]
+    assert refused == (403 if deny else 404)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert (await pull(site, path))[0] == refused
+
+
+@pytest.mark.parametrize("path", [manifest_of("other"), "/v2/a/tags/list"])
+async def test_what_came_since_is_absent_no_more(
+    serve: Serve, registry: Upstream, clock: Clock, path: str
+) -> None:
+    site = await serve(registry)
+    assert (await pull(site, path))[0] == 404
+    registry.image("a/b", "other")
+    registry.image("library/a", "latest")
+    clock.advance(FRESH + 1)
+    assert (await pull(site, path))[0] == 200
+    store = site.app.composition.store  # evicted:
+    await store.listings.delete("docker.io/library/a", "tags")
+    with suppress(ManifestUnknown):
+        await store.delete_manifest("docker.io/a/b", Tag("other"))
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert (await pull(site, path))[0] == 502
+
+
+async def test_a_purge_drops_absences(serve: Serve, registry: Upstream, clock: Clock) -> None:
+    site = await serve(registry)
+    for path in ("/v2/a/tags/list", manifest_of("other"), "/v2/other/tags/list"):
+        assert (await pull(site, path))[0] == 404
+    await registry.stop()
+    await purge(site)
+    clock.advance(FRESH + 1)
+    assert (await pull(site, manifest_of("other")))[0] == 502
+    assert (await pull(site, "/v2/a/tags/list"))[0] == 404
+
+
+async def test_the_records_of_absences_are_bounded(
+    serve: Serve, registry: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(absences, "SLOTS", 1)
+    site = await serve(registry)
+    for name in "abc":
+        assert (await pull(site, f"/v2/{name}/tags/list"))[0] == 404
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert [(await pull(site, f"/v2/{name}/tags/list"))[0] for name in "abc"] == [502, 502, 404]
+
+
+async def test_a_tag_that_was_dropped_is_absent(serve: Serve, registry: Upstream, clock: Clock) -> None:
+    registry.image("a/b", "latest")
+    site = await serve(registry, on_upstream_delete="drop")
+    assert (await pull(site))[0] == 200
+    registry.delete_tag("a/b", "latest")
+    clock.advance(FRESH + 1)
+    assert (await pull(site))[0] == 404
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    assert (await pull(site))[0] == 404
+
+
+@pytest.mark.parametrize("path", ABSENT)
+async def test_another_replica_is_not_told_of_an_absence(
+    serve: Serve, registry: Upstream, clock: Clock, path: str
+) -> None:
+    """It may be able to ask, and takes a 404 for that of the upstream."""
+    site = await serve(registry)
+    assert (await pull(site, path))[0] == 404
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    name, _, what = path.removeprefix("/v2/").partition("/tags/" if "/tags/" in path else "/manifests/")
+    cache = site.app.composition.caches["docker.io"]
+    current_exchange.set(Exchange(peer="https://replica.example"))
+    with pytest.raises(Unavailable):
+        if "/tags/" in path:
+            await cache.tags(name)
+        elif "/referrers/" in path:
+            await cache.referrers("a/b", Digest(DIGEST))
+        else:
+            await cache.get_manifest(name, Digest(what) if what == DIGEST else Tag(what))
 
 
 async def test_referrers_of_referrers_are_known_to_be_none(
@@ -204,7 +333,7 @@ async def test_absences_of_what_is_not_stored_are_bounded(
     for path in (TAG, *paths):
         await pull(site, path)
     await registry.stop()
-    clock.advance(FRESH + 1)
+    clock.advance(DAY)
     assert [(await pull(site, path))[0] for path in paths] == [404] * 3 + [502] * 2
 
 
@@ -239,18 +368,6 @@ async def test_a_signature_that_came_later_is_no_longer_unknown(
     await registry.stop()
     clock.advance(FRESH + 1)
     assert (await pull(site, manifest_of(tag)))[:2] == (200, signature.content)
-
-
-async def test_other_tags_and_digests_keep_their_502(serve: Serve, registry: Upstream, clock: Clock) -> None:
-    image = registry.image("a/b", "latest")
-    site = await serve(registry)
-    paths = [manifest_of("other"), manifest_of(tag_of(image, ".txt")), manifest_of(DIGEST)]
-    for path in (TAG, *paths):
-        await pull(site, path)
-    await registry.stop()
-    clock.advance(FRESH + 1)
-    for path in paths:
-        assert (await pull(site, path))[0] == 502
 
 
 async def test_a_fallback_tag_that_is_no_index_lists_nothing(

@@ -56,6 +56,7 @@ def test_a_key_begins_with_each_of_its_prefixes(found: tuple[RecordKind, list[st
         (LINK.within("a"), "link a/"),
         (keys.REFERRER.key("a/b", "sha256:00", "sha256:11"), "referrers a/b sha256:00 sha256:11"),
         (keys.LISTING.key("a/b", "referrers sha256:00"), "listing a/b referrers sha256:00"),
+        (keys.ABSENT.key("17"), "absent 17"),
         (keys.CHANGES.key("a/b"), "pushed a/b"),
         (keys.LEASE.key("a/b", "sha256:00"), "lease a/b sha256:00"),
         (keys.USE.key("a/b", "3"), "use a/b 3"),

@@ -48,7 +48,7 @@ COPIED = {
 }
 MADE_ANEW = {"object", "leftover", "upload", "writers", "identity"}
 OF_A_SERVER = {"pin", "signing", "apikey", "keyused"}  # wherever it keeps them: see EngineMoves.settle
-OF_CACHES = {"deposit", "reported"}  # of the store of caches, which is copied by what it serves
+OF_CACHES = {"absent", "deposit", "reported"}  # of the store of caches, which is copied by what it serves
 OF_WEBHOOKS = {"event", "pending", "webhook", "number"}  # in a database of their own, which stays
 OF_A_REPLICA = {"act", "confirmed", "remembered"}  # with its cache on its disk, which stays
 

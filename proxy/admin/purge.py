@@ -20,14 +20,14 @@ from storage.disk.kept import all_parts, remove_parts
 from storage.disk.tree import StoredBlob
 from storage.errors import RegistryError
 from storage.graph import Walk, named_digests
-from storage.keys import LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
+from storage.keys import ABSENT, LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.blob_order import forget_blob
 from storage.maintenance.pins import Pin, Pins
 from storage.names import is_glob, matches_glob, written
 from storage.oci import Digest, Reference, Tag
 from storage.records import Batch, batches
 from storage.store import Store
-from storage.values import Pointer, StoredManifest
+from storage.values import Absence, Pointer, StoredManifest
 
 KINDS = (TAG, MANIFEST, LINK, LISTING)  # the records that a repository has
 
@@ -102,6 +102,7 @@ class Purge:
         if not dry_run:
             for plan in plans:
                 self._delete(plan.keys)
+            self._delete(self._absences({plan.repository for plan in plans}))
         blobs, size = self._sweep(links, dry_run)
         parts = self._parts(plans)
         if not dry_run:
@@ -208,6 +209,11 @@ class Purge:
         plan.keys += [LINK.key(name, digest) for digest in sorted(plan.blobs)]
         if plan.keys and not plan.references and not plan.kept:
             plan.references = [name]  # the repository has records, but neither tags nor manifests
+
+    def _absences(self, repositories: set[str]) -> list[str]:
+        """The keys of what the origin did not have of the repositories: it is asked again."""
+        found = [(key, Absence.parse(value)) for key, value in self._records.scan(ABSENT.prefix())]
+        return [key for key, absence in found if absence and absence.repository in repositories]
 
     def _blobs(self, repository: str, purged: set[Digest]) -> tuple[set[Digest], set[Digest]]:
         """The blobs that the purged manifests name, and those that the other manifests name."""

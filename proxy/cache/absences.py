@@ -1,50 +1,79 @@
-"""What an origin does not have of the referrers of stored images, kept on disk."""
+"""What an origin does not have, as it said when it was last asked, kept on disk."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Callable
 from itertools import islice
 
-from storage.errors import DigestInvalid, ManifestUnknown, StorageFailed
+from storage.errors import (
+    DigestInvalid,
+    ManifestUnknown,
+    NameUnknown,
+    OriginDenied,
+    RegistryError,
+    StorageFailed,
+)
 from storage.graph import fallback_tag, signature_tags
-from storage.keys import LISTING, MANIFEST
+from storage.keys import ABSENT, LISTING, MANIFEST
 from storage.oci import ALGORITHMS, Digest, Reference, Tag
 from storage.store import Store
+from storage.values import Absence
 
-MOST = 1000  # absences in a repository, beyond those of stored images
-REFERRERS_API = "referrers"
+MOST = 1000  # absences of referrers in a repository, beyond those of stored images
+SLOTS = 8192  # of all other absences: each has one by its hash, and takes it from the one before
+REFERRERS_API, TAGS = "referrers API", "list of tags"  # no tag has a space
+ABSENCES = (ManifestUnknown, NameUnknown, OriginDenied)  # large registries refuse what they do not have
+_CODES = {each.code: each for each in ABSENCES}
 _COMPANION = re.compile(rf"({'|'.join(ALGORITHMS)})-([0-9a-f]+)(?:\.[a-z]+)?")
 
 
 class Absences:
-    """What an origin last said it does not have: a referrers API, or a tag of the referrers of an image.
+    """What an origin last said it does not have: a manifest, a tag, a list of tags, a referrers API.
 
-    Clients look for signatures in several places, and continue with the next only after a 404.  So that they
-    find what is stored while the origin cannot be asked, the last 404 is kept.  All absences that concern a
-    stored image are kept.  Clients also look for referrers of referrers, which are listed and not stored;
-    of those `MOST` are kept for each repository with a stored image.
+    Clients look for some things in several places, and continue with the next only after a 404.  So that they
+    find what is stored while the origin cannot be asked, the last 404 is kept.
+
+    All absences of the referrers of a stored image are kept.  Clients also look for referrers of referrers,
+    which are listed and not stored; of those `MOST` are kept for each repository with a stored image.  Other
+    absences are kept for `keep_for` seconds, in a fixed number of records.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, keep_for: float, clock: Callable[[], float]) -> None:
         self._store = store
+        self._keep_for = keep_for
+        self._clock = clock
 
-    async def contains(self, repository: str, what: str) -> bool:
-        """Whether the origin said so when it was last asked; False if that cannot be read."""
+    async def get(self, repository: str, what: str) -> type[RegistryError] | None:
+        """The error with which the origin said so when it was last asked; None if it is not known."""
         try:
-            found = await self._store.read(self._store.listings.get, repository, _key(what))
-            return found is not None
+            if await self._store.read(self._store.listings.get, repository, _key(what)) is not None:
+                return ManifestUnknown
+            found = await self._store.read(self._slot, repository, what)
         except StorageFailed:
-            return False
+            return None
+        recent = found is not None and 0 <= self._clock() - found.at < self._keep_for
+        return _CODES.get(found.code) if found is not None and recent else None
 
-    async def add(self, repository: str, what: str, subject: Digest | None) -> None:
-        """Keep that there is no `what` for `subject`.  Raises StorageFailed."""
+    async def add(self, repository: str, what: str, subject: Digest | None, error: RegistryError) -> None:
+        """Keep that there is no `what`, which would refer to `subject`.  Raises StorageFailed."""
         if subject is not None and await self._store.read(self._keeps, repository, subject):
             await self._store.listings.put(repository, _key(what), None)
+        elif self._keep_for:
+            value = Absence(self._clock(), error.code, repository, what).encode()
+            await self._store.run(self._store.records.put, _slot_key(repository, what), value)
 
     async def discard(self, repository: str, what: str) -> None:
         """Raises StorageFailed."""
-        if await self.contains(repository, what):
+        if await self._store.read(self._store.listings.get, repository, _key(what)) is not None:
             await self._store.listings.delete(repository, _key(what))
+        if await self._store.read(self._slot, repository, what) is not None:
+            await self._store.run(self._store.records.delete, _slot_key(repository, what))
+
+    def _slot(self, repository: str, what: str) -> Absence | None:
+        found = Absence.parse(self._store.records.get(_slot_key(repository, what)))
+        return found if found is not None and (found.repository, found.what) == (repository, what) else None
 
     def _keeps(self, repository: str, subject: Digest) -> bool:
         return self._stored(repository, subject) or self._room(repository)
@@ -78,3 +107,8 @@ def subject_of(reference: Reference) -> Digest | None:
 
 def _key(what: str) -> str:
     return f"no {what}"
+
+
+def _slot_key(repository: str, what: str) -> str:
+    found = hashlib.blake2b(f"{repository} {what}".encode(), digest_size=8).digest()
+    return ABSENT.key(str(int.from_bytes(found) % SLOTS))

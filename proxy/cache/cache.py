@@ -181,7 +181,12 @@ class Cache(Registry):
         return (await self.get_manifest(repository, reference)).descriptor
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
-        manifest = await self._manifest(repository, reference)
+        try:
+            manifest = await self._manifest(repository, reference)
+        except Unavailable as error:
+            if (absence := await self._origin.absence(repository, reference)) is not None:
+                raise absence from error
+            raise
         await self._completeness.check(repository, manifest, current().agent)
         return manifest
 

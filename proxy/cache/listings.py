@@ -7,14 +7,21 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from proxy.cache.absences import REFERRERS_API
+from proxy.cache.absences import REFERRERS_API, TAGS
 from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
 from proxy.telemetry.exchange import origin_age
 from storage.concurrency import run_in_thread
-from storage.errors import ManifestInvalid, ManifestUnknown, NameUnknown, StorageFailed, Unavailable
+from storage.errors import (
+    ManifestInvalid,
+    ManifestUnknown,
+    NameUnknown,
+    OriginDenied,
+    StorageFailed,
+    Unavailable,
+)
 from storage.graph import IndexEntries, fallback_tag
 from storage.listings import ListedReferrers, Listing
 from storage.oci import OCI_INDEX, Descriptor, Digest
@@ -50,9 +57,24 @@ class Listings:
             self._check_known(key, known is not None or bool(found))
             answered = self._hit(known, found)
         else:
-            answered = await self._get(key, lambda: self._origin.registry.tags(repository), read)
+            try:
+                answered = await self._get(key, lambda: self._ask_tags(repository, name), read)
+            except Unavailable as error:
+                if (absence := await self._origin.absence(repository, TAGS)) is not None:
+                    raise absence from error
+                raise
         start = bisect_right(answered.value, last) if last else 0
         return answered.with_value(answered.value[start : None if limit is None else start + limit])
+
+    async def _ask_tags(self, repository: str, name: str) -> list[str]:
+        absences = self._origin.absences
+        try:
+            found = await self._origin.registry.tags(repository)
+        except (NameUnknown, OriginDenied) as error:
+            await self._origin.keep(absences.add(name, TAGS, None, error))
+            raise
+        await self._origin.keep(absences.discard(name, TAGS))
+        return found
 
     async def referrers(
         self, repository: str, digest: Digest, artifact_type: str | None, last: str, limit: int | None
@@ -69,8 +91,8 @@ class Listings:
         async def ask() -> ListedReferrers:
             try:
                 found = await self._origin.registry.referrers(repository, digest)
-            except ManifestUnknown:
-                await self._origin.keep(absences.add(name, REFERRERS_API, digest))
+            except ManifestUnknown as error:
+                await self._origin.keep(absences.add(name, REFERRERS_API, digest, error))
                 raise
             await self._origin.keep(absences.discard(name, REFERRERS_API))
             return ListedReferrers.of(found)
@@ -82,8 +104,8 @@ class Listings:
             return answered.with_value(referrers_page([answered.value.after(last)], artifact_type, limit))
         except Unavailable as error:
             if (fallback := await self._fallback(name, digest, last)) is None:
-                if await absences.contains(name, REFERRERS_API):
-                    raise self._origin.still_unknown(f"list of referrers of {digest}") from error
+                if (absence := await self._origin.absence(repository, REFERRERS_API)) is not None:
+                    raise absence from error
                 raise
             found = referrers_page([fallback.value], artifact_type, limit)
             return fallback.with_value(found)._replace(detail=error.code)
@@ -169,7 +191,7 @@ class Listings:
         try:
             pointer = await self._store.read(self._store.pointer, name, tag)
             if pointer is None:
-                absent = await absences.contains(name, REFERRERS_API) and await absences.contains(name, tag)
+                absent = await absences.get(name, REFERRERS_API) and await absences.get(name, tag)
                 return Answered([], "stale", ttl=0.0) if absent else None
             manifest = (await self._store.read(self._store.manifest, name, pointer.digest))[0]
             if manifest.media_type != OCI_INDEX:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from proxy.cache.absences import Absences, subject_of
+from proxy.cache.absences import ABSENCES, Absences, subject_of
 from proxy.cache.drill import Drill
 from proxy.cache.negatives import Negatives, RequestKey
 from proxy.cache.policy import Policy
@@ -17,7 +17,7 @@ from proxy.telemetry.tracing import step
 from storage.concurrency import SingleFlight
 from storage.errors import (
     ManifestUnknown,
-    NameUnknown,
+    OriginDenied,
     RegistryError,
     StorageFailed,
     TooManyRequests,
@@ -71,6 +71,8 @@ class _Remembering(Protocol):
 
     def forget(self, repository: str) -> None: ...
 
+    async def absence(self, repository: str, what: str) -> RegistryError | None: ...
+
     async def supplies(self, repository: str, content: ManifestContent) -> bool: ...
 
 
@@ -122,7 +124,7 @@ class Origin:
         self.flights = SingleFlight()
         self.failure: RegistryError | None = None  # the last one, until the origin serves again
         self._failed_at = -math.inf
-        self.absences = Absences(store)
+        self.absences = Absences(store, policy.absent_for, clock)
         self._store = store
         self._policy = policy
         self._drill = drill
@@ -223,18 +225,16 @@ class Origin:
                 manifest = await self.registry.get_manifest(repository, what)
             if vouched:
                 origin_age.set(vouched.age)
-        except (ManifestUnknown, NameUnknown) as error:
-            self.remember((ManifestUnknown, name, reference), error)
-            await self.keep(self.absences.add(name, reference, subject_of(reference)))
+        except ABSENCES as error:
+            if not isinstance(error, OriginDenied):  # other credentials may be accepted at once
+                self.remember((ManifestUnknown, name, reference), error)
+            await self.keep(self.absences.add(name, reference, subject_of(reference), error))
             raise
         except Unavailable as error:
             self.failed(error)
-            if subject_of(reference) and await self.absences.contains(name, reference):
-                raise self.still_unknown(f"{reference} of {name}") from error
             raise
         self.served()
-        if subject_of(reference):
-            await self.keep(self.absences.discard(name, reference))
+        await self.keep(self.absences.discard(name, reference))
         await self.keep(self._store.push_manifest(name, reference, manifest))
         if isinstance(reference, Tag) and (age := origin_age.get()):
             await self.keep(self._store.point(name, reference, manifest.digest, age))
@@ -256,10 +256,18 @@ class Origin:
         if isinstance(self.registry, _Remembering):
             self.registry.distrust(digest)
 
-    def still_unknown(self, what: str) -> ManifestUnknown:
-        """The error for what the origin did not have when it was last asked, and cannot be asked for now."""
-        message = f"{self.namespace} had no {what} when it was last asked, and cannot be asked now"
-        return ManifestUnknown(message).copy(remembered=True)
+    async def absence(self, repository: str, what: str) -> RegistryError | None:
+        """The error for what the origin, which cannot be asked now, did not have when it was last asked.
+
+        Another replica is not told: it may be able to ask.
+        """
+        if current().peer:
+            return None
+        if (kind := await self.absences.get(f"{self.namespace}/{repository}", what)) is not None:
+            message = f"{self.namespace} had no {what} of {repository} when it was last asked"
+            return kind(f"{message}, and cannot be asked now").copy(remembered=True)
+        remembering = self.registry if isinstance(self.registry, _Remembering) else None
+        return await remembering.absence(repository, what) if remembering else None
 
     async def keep(self, writing: Awaitable[object]) -> None:
         """Await a write to the store; one that fails does not fail the pull."""

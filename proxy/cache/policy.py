@@ -27,12 +27,14 @@ class Policy:
     `fresh_for` maps a tag to its freshness lifetime (RFC 9111 §4.2); listings have that of the tag "".
     A tag that is no longer fresh waits for the origin for `revalidate_timeout`; then it is served stale, and
     the validation continues.  `negative_for` is how long the origin is not asked again for what it does not
-    know.  With `lazy`, only the requested ranges of a blob are fetched, until its threshold is reached.
+    know; `absent_for` is how long it is taken not to have it while it cannot be asked.
+    With `lazy`, only the requested ranges of a blob are fetched, until its threshold is reached.
     `refuse_incomplete` says which clients are refused an image whose layers cannot come.
     """
 
     fresh_for: Callable[[str], float]
     negative_for: float = 10.0
+    absent_for: float = 86_400.0
     revalidate_timeout: float = math.inf
     drop_deleted: bool = False
     offline: bool = False

@@ -184,6 +184,10 @@ class SharedTier(Registry):
         except StorageFailed:
             return False
 
+    async def absence(self, repository: str, what: str) -> RegistryError | None:
+        """See Origin.absence()."""
+        return await self._origin.absence(repository, what)
+
     # Listings
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:

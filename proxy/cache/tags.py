@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import structlog
 
+from proxy.cache.absences import ABSENCES, subject_of
 from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin, Vouched
@@ -20,7 +21,6 @@ from proxy.cache.policy import Policy
 from proxy.telemetry.exchange import origin_age, past_owners
 from storage.errors import (
     ManifestUnknown,
-    NameUnknown,
     OriginDenied,
     OriginTimeout,
     RegistryError,
@@ -210,10 +210,11 @@ class TagRevalidation:
         except Unavailable as failure:
             self._origin.failed(failure)
             error = failure
-        except (ManifestUnknown, NameUnknown, OriginDenied) as unknown:
+        except ABSENCES as unknown:
             # Large registries answer 401 for what was deleted, and a password may expire: it is not gone.
             if self._policy.drop_deleted:
                 await self._origin.keep(self._store.delete_manifest(name, tag))
+                await self._origin.keep(self._origin.absences.add(name, tag, subject_of(tag), unknown))
                 if not isinstance(unknown, OriginDenied):  # other credentials may be accepted at once
                     self._origin.remember(key, unknown)
                 raise

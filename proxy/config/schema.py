@@ -213,6 +213,7 @@ class NamespaceConfig(Section, frozen=True):
     tags: tuple[TagRule, ...] = ()
     on_upstream_delete: Literal["keep", "drop"] = "keep"
     negative_for: Duration = 10.0
+    absent_for: Duration = 86_400.0
     revalidate_timeout: Timeout = 3.0
     offline: Flag = False
     lazy: Flag = False
@@ -246,6 +247,7 @@ _OF_CACHES = (
     "tags",
     "on_upstream_delete",
     "negative_for",
+    "absent_for",
     "revalidate_timeout",
     "offline",
     "lazy",

@@ -137,6 +137,7 @@ class CacheFactory:
         return Policy(
             fresh_for=namespace.fresh_for_tag,
             negative_for=namespace.negative_for,
+            absent_for=namespace.absent_for,
             revalidate_timeout=namespace.revalidate_timeout,
             drop_deleted=namespace.on_upstream_delete == "drop",
             offline=namespace.offline or self.config.offline,

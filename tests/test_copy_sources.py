@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from proxy.transfer.blob_copy import RetryPolicy
 from proxy.transfer.copy_sources import CopyItem, CopySource, check, items, parse_source
-from storage.errors import NameUnknown
+from storage.errors import NameUnknown, Unavailable
 from storage.oci import Digest
 from storage.registry import Registry
 
@@ -111,9 +112,24 @@ class Listing(Registry):
         return found.get(repository, [])
 
 
+async def at_once(seconds: float) -> None:
+    pass
+
+
+class Silent:
+    def moved(self, digest: Digest, done: int, whole: int) -> None: ...
+
+    def ended(self, digest: Digest) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+RETRIES = RetryPolicy(Silent(), at_once)
+
+
 async def meant(text: str, destination: str, **options: bool) -> list[tuple[str, str, tuple[str, ...]]]:
     place, target = parse_source(text), parse_source(destination)
-    found: list[CopyItem] = [each async for each in items(place, Listing(), target, **options)]
+    found: list[CopyItem] = [each async for each in items(place, Listing(), target, RETRIES, **options)]
     return [(each.source, each.target, each.tags) for each in found]
 
 
@@ -144,3 +160,28 @@ async def test_what_is_meant() -> None:
 async def test_a_glob_that_matches_nothing(text: str) -> None:
     with pytest.raises(NameUnknown, match="matches"):
         await meant(text, "s.example/")
+
+
+class Restarting(Listing):
+    """It answers every second request."""
+
+    asked = 0
+
+    async def repositories(self, last: str = "", limit: int | None = None) -> list[str]:
+        self._answer()
+        return await super().repositories()
+
+    async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
+        self._answer()
+        return await super().tags(repository)
+
+    def _answer(self) -> None:
+        self.asked += 1
+        if self.asked % 2:
+            raise Unavailable("it restarts")
+
+
+async def test_a_source_that_restarts_is_asked_again() -> None:
+    place, target = parse_source("r.example/team/*:2.*"), parse_source("s.example/")
+    found = [each.source async for each in items(place, Restarting(), target, RETRIES)]
+    assert found == ["r.example/team/app:2.0"]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from proxy.upstream import listing_memory, pages
+from proxy.upstream.connect import HEADER_LIMIT
 from proxy.upstream.pages import next_target
-from proxy.upstream.transport import HEADER_LIMIT, RETRIES
+from proxy.upstream.transport import RETRIES
 from storage.errors import ManifestUnknown, OriginFailed, OriginTimeout
 from storage.oci import Digest
 from tests.conftest import Serve

@@ -8,10 +8,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from proxy.telemetry.exchange import Exchange, current_exchange
+from proxy.telemetry.exchange import Exchange, current_exchange, needed
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream import breaker, transport
-from proxy.upstream.breaker import FAILURES
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.credentials import Credentials
 from proxy.upstream.failing_urls import KEPT
@@ -111,6 +110,21 @@ async def test_but_not_for_long_and_then_nobody_waits(waits: Make, upstream: Ups
     assert up.waited == []
 
 
+@pytest.mark.parametrize("kind", ["tags", "referrers"])
+async def test_a_list_of_which_nothing_is_known_is_waited_for(
+    waits: Make, upstream: Upstream, kind: str
+) -> None:
+    image, up = upstream.image("a/b", "latest"), waits(upstream)
+    needed.set(True)
+    await upstream.stop()
+    up.then = [nothing, upstream.start]
+    if kind == "tags":
+        assert await up.origin.tags("a/b") == ["latest"]
+    else:
+        assert await up.origin.referrers("a/b", Digest(image.digest)) == []
+    assert up.waited == [0.25] * 2
+
+
 @pytest.mark.parametrize("kind", ["tag", "tags", "referrers"])
 async def test_what_may_be_known_is_not_waited_for(waits: Make, upstream: Upstream, kind: str) -> None:
     up = waits(upstream)
@@ -148,18 +162,52 @@ async def test_another_replica_asks_elsewhere(waits: Make, upstream: Upstream) -
 async def test_it_answers_nothing_or_for_a_program_that_is_not_there(
     waits: Make, upstream: Upstream, fault: Fault, asked: int
 ) -> None:
-    """A request that was answered so three times is then sent once."""
+    """A request that was answered so three times is then sent once.  Who waits asks whether it is back."""
     image, up = upstream.image("a/b", "latest"), waits(upstream)
-    upstream.next("GET", "latest", fault, times=1 + RETRIES + 4 * asked)
+    upstream.next("GET", anything, fault, times=2 * (1 + RETRIES) + 3 * asked)
     assert (await up.origin.get_manifest("a/b", LATEST)).digest == image.digest
     assert len(up.waited) == 5
-    assert len(upstream.log) == 1 + RETRIES + 4 * asked + 1
+    assert upstream.log.count("GET manifest a/b:latest") == 1 + RETRIES + 1
+    assert len(upstream.log) == 2 * (1 + RETRIES) + 3 * asked + 2
+
+
+@pytest.mark.parametrize("fault", [Refuse(), Status(503), RetryAfter(1, 503)], ids=str)
+async def test_what_fails_alone_is_asked_for_twice_more(
+    waits: Make, upstream: Upstream, fault: Fault
+) -> None:
+    """The upstream answers other requests: a proxy may have lost the one server that has it."""
+    upstream.image("a/b", "latest")
+    up = waits(upstream)
+    upstream.next("GET", "latest", fault, times=100)
+    for _ in range(2):
+        with pytest.raises(OriginFailed):
+            await up.origin.get_manifest("a/b", LATEST)
+    rest = 1.0 if isinstance(fault, RetryAfter) else 0.25
+    assert up.waited == [rest, 3.0] * 2
+    first, again = (1 if isinstance(fault, RetryAfter) else 1 + RETRIES), (3 if fault == Refuse() else 1)
+    assert upstream.log.count("GET manifest a/b:latest") == first + 5 * again
+    assert len(upstream.log) == first + 5 * again + 2
+
+
+async def test_what_was_there_again_after_it_had_failed_alone(waits: Make, upstream: Upstream) -> None:
+    image, up = upstream.image("a/b", "latest"), waits(upstream)
+    upstream.next("GET", "latest", Status(502), times=1 + RETRIES + 1)
+    assert (await up.origin.get_manifest("a/b", LATEST)).digest == image.digest
+    assert up.waited == [0.25, 3.0]
+
+
+async def test_it_says_when_to_ask_again(waits: Make, upstream: Upstream) -> None:
+    image, up = upstream.image("a/b", "latest"), waits(upstream)
+    upstream.next("GET", anything, RetryAfter(2, 503), times=2)
+    assert (await up.origin.get_manifest("a/b", LATEST)).digest == image.digest
+    assert up.waited == [2.0, 2.0]
+    assert upstream.log == ["GET manifest a/b:latest", "GET base", "GET manifest a/b:latest"]
 
 
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
-        (RetryAfter(1, 503), OriginFailed),
+        (RetryAfter(4, 503), OriginFailed),
         (Status(500), OriginFailed),
         (Status(429), TooManyRequests),
         (Status(404), ManifestUnknown),
@@ -216,18 +264,18 @@ async def test_a_token_server_that_restarts_is_waited_for(waits: Make, upstream:
 async def test_those_who_wait_send_one_request_until_it_is_back(waits: Make, upstream: Upstream) -> None:
     many, up = 10, waits(upstream)
     images = [upstream.image("a/b", f"v{number}", [b"%d" % number]) for number in range(many)]
-    upstream.next("GET", anything, Status(503), times=many * (1 + RETRIES) + 1)
+    upstream.next("GET", anything, Status(503), times=(many + 1) * (1 + RETRIES) + 1)
     gate = asyncio.Barrier(many)
 
     async def all_wait() -> None:
         await gate.wait()
 
-    up.then = [all_wait] * many * 2
+    up.then = [all_wait] * many * 3
     asking = [up.origin.get_manifest("a/b", Tag(f"v{number}")) for number in range(many)]
     found = await asyncio.gather(*asking)
     assert [each.digest for each in found] == [each.digest for each in images]
-    assert len(up.waited) == many * 2
-    assert len(upstream.log) == many * (1 + RETRIES) + 1 + many
+    assert len(up.waited) == many * 3
+    assert len(upstream.log) == (many + 1) * (1 + RETRIES) + 1 + 1 + many
 
 
 async def test_who_leaves_while_waiting_keeps_nobody_from_the_answer(waits: Make, upstream: Upstream) -> None:
@@ -281,9 +329,9 @@ async def test_whether_the_rest_of_an_image_can_come_is_answered_when_it_is_back
     """To clients that would ask nobody else for it."""
     monkeypatch.setattr(breaker, "SOON", 0.0)
     site, image = await warm(serve, upstream)
-    upstream.next("GET", "tags", Refuse(), times=FAILURES * (1 + RETRIES))
-    for number in range(FAILURES):
-        assert (await pull(site, f"/v2/a/{number}/tags/list"))[0] == 502
+    await upstream.stop()
+    assert (await pull(site, OTHER))[0] == 200
+    await upstream.start()
     upstream.next("GET", "base", Refuse(), times=2 * (1 + RETRIES))
     assert (await ask(site, f"/v2/a/b/manifests/{image.digest}"))[0] == 200
     assert upstream.unmet == []

@@ -12,7 +12,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin
 from proxy.cache.policy import Policy
-from proxy.telemetry.exchange import origin_age
+from proxy.telemetry.exchange import needed, origin_age
 from storage.concurrency import run_in_thread
 from storage.errors import (
     ManifestInvalid,
@@ -170,11 +170,12 @@ class Listings:
         age, fresh_for = self._age(known), self._policy.fresh_for("")
         if known and 0 <= age < fresh_for:
             return Answered.of(known.value, "hit", age, fresh_for)
-        error = self._origin.paused(key)
+        error = self._origin.paused(key) if known else None
         if error is None:
             self._origin.check(key)
             try:
-                return Answered(await self._origin.flights.join(key, lambda: self._list(key, ask)), "miss")
+                asking = self._origin.flights.join(key, lambda: self._list(key, ask, known is None))
+                return Answered(await asking, "miss")
             except Unavailable as failure:
                 error = failure
         if known is None:
@@ -202,7 +203,8 @@ class Listings:
         age = self._clock() - pointer.validated_at
         return Answered.of(listed, "stale", age, self._policy.fresh_for(""))
 
-    async def _list(self, key: RequestKey, ask: Callable[[], Awaitable[T]]) -> T:
+    async def _list(self, key: RequestKey, ask: Callable[[], Awaitable[T]], cold: bool) -> T:
+        needed.set(cold)  # in the task of this call alone
         try:
             listed = await ask()
         except (ManifestUnknown, NameUnknown) as error:

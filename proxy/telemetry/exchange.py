@@ -105,6 +105,8 @@ current_exchange: ContextVar[Exchange] = ContextVar("exchange")
 _SCRATCH = Exchange()
 # Whether the upstream itself is asked, and not another replica, which answers with what it was told before.
 past_owners: ContextVar[bool] = ContextVar("past_owners", default=False)
+# Whether nothing could be served instead of the answer of an origin: then one that restarts is waited for.
+needed: ContextVar[bool] = ContextVar("needed", default=False)
 # How many seconds ago what an origin has just said was true: another replica may have been told it before.
 origin_age: ContextVar[float] = ContextVar("origin_age", default=0.0)
 

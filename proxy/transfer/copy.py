@@ -83,10 +83,10 @@ class Copier:
         self, destination: Registry, rules: CopyOptions, listener: ProgressListener, retries: RetryPolicy
     ) -> None:
         self.done = CopyCounts()
+        self.retries = retries
         self._destination = destination
         self._rules = rules
         self._listener = listener
-        self._retries = retries
         self._transfers = asyncio.Semaphore(rules.transfers)
         self._requests = asyncio.Semaphore(REQUESTS)
         # Each manifest and blob is copied to a repository once, however many images share it.
@@ -116,7 +116,7 @@ class Copier:
             async with self._requests:
                 return await call()
 
-        return await self._retries.persist(attempt)
+        return await self.retries.persist(attempt)
 
     async def _existing(self, call: Callable[[], Awaitable[Descriptor]]) -> Descriptor | None:
         try:
@@ -243,7 +243,7 @@ class Copier:
         async with self._transfers:
             transfer = BlobCopy(route.source, route.repository, self._destination, route.target, blob)
             try:
-                return await transfer.run(self._listener, self._retries)
+                return await transfer.run(self._listener, self.retries)
             except BlobUnknown as error:
                 raise BlobUnknown(f"blob {blob.digest}: {error}") from error
 

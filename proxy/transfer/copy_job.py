@@ -74,7 +74,8 @@ class CopyJob:
         async with AsyncExitStack() as leaving:
             sources = {each.url: self._open(each, "source", leaving) for each in self._sources}
             destination = self._open(self._target, "destination", leaving)
-            copier = Copier(destination, self._rules, self._listener, RetryPolicy(self._listener))
+            retries = RetryPolicy(self._listener)
+            copier = Copier(destination, self._rules, self._listener, retries)
             leaving.push_async_callback(copier.close)  # before the registries that it uses
             async with asyncio.TaskGroup() as group:
                 for each in self._sources:
@@ -113,7 +114,8 @@ class CopyJob:
         self, place: CopySource, source: UpstreamRegistry, copier: Copier, group: asyncio.TaskGroup
     ) -> None:
         """Find the images of one source, and start each copy as a slot becomes free."""
-        found = items(place, source, self._target, all_tags=self._all_tags, referrers=self._rules.referrers)
+        options = {"all_tags": self._all_tags, "referrers": self._rules.referrers}
+        found = items(place, source, self._target, copier.retries, **options)
         try:
             async for item in found:
                 await self._slots.acquire()

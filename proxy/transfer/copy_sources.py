@@ -6,11 +6,13 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 from proxy.config import image_names
 from proxy.config.hosts import is_loopback
 from proxy.config.image_names import ImageName
 from proxy.config.wellknown import DOCKER_HUB, WELL_KNOWN
+from proxy.transfer.blob_copy import RetryPolicy
 from storage.errors import NameUnknown
 from storage.graph import is_fallback_tag
 from storage.names import is_glob, literal_prefix, written
@@ -118,6 +120,7 @@ async def items(
     source: CopySource,
     registry: Registry,
     destination: CopySource,
+    retries: RetryPolicy,
     *,
     all_tags: bool = False,
     referrers: bool = True,
@@ -126,7 +129,9 @@ async def items(
     repositories = [source.repository]
     if source.wild:
         repositories = [
-            each for each in await registry.repositories() if fnmatchcase(each, source.repository)
+            each
+            for each in await retries.persist(registry.repositories)
+            if fnmatchcase(each, source.repository)
         ]
         if not repositories:
             raise NameUnknown(f"{source.host} lists no repository that matches {source.repository}")
@@ -142,7 +147,7 @@ async def items(
         elif not is_glob(pattern):
             yield CopyItem(source, repository, Tag(pattern), target, (Tag(destination.tag or pattern),))
         else:
-            listed = frozenset(await registry.tags(repository))
+            listed = frozenset(await retries.persist(partial(registry.tags, repository)))
             tags = sorted(each for each in listed if fnmatchcase(each, pattern))
             for tag in tags:
                 # A fallback tag is copied with the subject whose referrers it lists.

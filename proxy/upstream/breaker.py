@@ -57,6 +57,7 @@ class _Circuit(msgspec.Struct, array_like=True):
     error: the message of what opened it, OriginTimeout or OriginFailed; None: it is closed
     since, seconds: when it opened last, and for how long
     lost: since when the host has failed in a way that may be over in a moment; -inf: it has not
+    told: how many seconds to leave it alone then, because of what it has answered
     heard: another server has said so
     answered: when the host answered last, or up to NOTED seconds before
     """
@@ -67,6 +68,7 @@ class _Circuit(msgspec.Struct, array_like=True):
     since: float = 0.0
     seconds: float = 0.0
     lost: float = -math.inf
+    told: float = 0.0
     openings: int = 0
     heard: bool = False
     answered: float = -math.inf
@@ -127,7 +129,11 @@ class Breaker:
 
     def _rest(self, circuit: _Circuit, now: float) -> float:
         """Seconds between two requests to a host that may be back in a moment: more, the longer it takes."""
-        return max(SOON, (now - circuit.lost) / 2)
+        return max(SOON, circuit.told, (now - circuit.lost) / 2)
+
+    def answered_after(self, when: float) -> bool:
+        """Whether the host has answered since then, as far as that is recorded."""
+        return self._circuit().answered > when
 
     async def probed(self) -> None:
         """Wait for the outcome of a probe that is under way, whichever process has sent it, but not long.
@@ -192,6 +198,7 @@ class Breaker:
         *,
         final: bool,
         brief: bool = False,
+        alone: bool = False,
         sent: float = math.inf,
     ) -> None:
         """Record a failure; a `final` one is as any if the host has answered since the request was `sent`."""
@@ -207,6 +214,8 @@ class Breaker:
                 circuit.lost = -math.inf
             elif not (was_open or time_left(circuit.lost, self._moment, now)):
                 circuit.lost = now
+            # What fails alone is asked for once more, at the end.
+            circuit.told = self._moment if alone else (error.retry_after or 0.0)
             opens = was_open or (final and sent >= circuit.answered) or circuit.failures >= FAILURES
             if opens:
                 circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
@@ -260,10 +269,13 @@ class Attempt:
     def succeeded(self) -> None:
         self._breaker.succeeded()
 
-    def failed(self, error: RegistryError, *, final: bool = False, brief: bool = False) -> None:
+    def failed(
+        self, error: RegistryError, *, final: bool = False, brief: bool = False, alone: bool = False
+    ) -> None:
         """Record a failure.
 
         final: it alone proves that others would fail too, unless some were answered since
         brief: it may be over in a moment, as when the host restarts
+        alone: the host has answered other requests since this one failed before
         """
-        self._breaker.failed(error, self._opening, final=final, brief=brief, sent=self._sent)
+        self._breaker.failed(error, self._opening, final=final, brief=brief, alone=alone, sent=self._sent)

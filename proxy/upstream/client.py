@@ -128,6 +128,11 @@ class UpstreamRegistry(Registry):
         return self._sender.transport.pause
 
     @property
+    def lost(self) -> bool:
+        """Whether its own host has failed, and may be back in a moment."""
+        return self._sender.transport.lost
+
+    @property
     def spares(self) -> bool:
         """Whether its rate limit allows more requests than are reserved."""
         return self._sender.budgets.spares(self._sender.reserve)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
+from typing import Any
+
+import aiohttp
 
 from proxy.connections.trust import client_context, insecure_context, shared_context
 from proxy.upstream.socket_body import LEAST
+
+HEADER_LIMIT = 64 << 10  # bytes of one header: signed URLs in Location are long
+READ = 1 << 20  # bytes buffered of a body before its socket is paused
 
 
 @dataclass(frozen=True)
@@ -48,3 +56,21 @@ class Connect:
         if self.client_certificate is not None:
             context.load_cert_chain(self.client_certificate, self.client_key)
         return context
+
+
+def open_session(
+    context: ssl.SSLContext, new_socket: Callable[[Any], socket] | None
+) -> aiohttp.ClientSession:
+    """A pool of connections, whose sockets are made by `new_socket`."""
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=context, limit=0, ttl_dns_cache=30, socket_factory=new_socket),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        requote_redirect_url=False,
+        read_bufsize=READ,
+        max_line_size=HEADER_LIMIT,
+        max_field_size=HEADER_LIMIT,
+        headers={"User-Agent": "entrepot", "Accept-Encoding": "identity"},
+    )
+    session._retry_connection = False  # its own silent retry would double each of ours
+    return session

@@ -24,8 +24,12 @@ class FailingURLs:
         self._since: dict[URL, float] = {}
 
     def __contains__(self, url: URL) -> bool:
+        return self.since(url) is not None
+
+    def since(self, url: URL) -> float | None:
+        """When it failed last; None if that is no longer known, or if it did not."""
         since = self._since.get(url.with_query(None)) if self._since else None
-        return since is not None and time_left(since, KEPT, self._clock()) > 0
+        return since if since is not None and time_left(since, KEPT, self._clock()) > 0 else None
 
     def note(self, url: URL, failed: bool) -> None:
         """Remember how a request to it ended."""

@@ -22,10 +22,11 @@ from typing import TypeAlias, TypeVar
 
 import structlog
 
-from proxy.telemetry.exchange import current, origin_age
+from proxy.telemetry.exchange import current, needed, origin_age
 from proxy.upstream.breaker import HostState
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.peers import Owners
+from storage.concurrency import SingleFlight
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -45,7 +46,8 @@ Holders: TypeAlias = Callable[[], Awaitable[Sequence[UpstreamRegistry]]]
 FINAL = (BlobUnknown, ManifestUnknown, NameUnknown, OriginDenied)  # answers of an owner
 AGAIN = 60.0  # seconds within which a second request for a blob means that the first transfer failed
 REMEMBERED = 1000  # blobs
-ROUNDS = 8  # of requests to all, at most, while one may be back in a moment
+ROUNDS = 8  # of requests to all, or of probes, at most, while one may be back in a moment
+LONGEST = 3.0  # seconds of waiting, or at the end of the pause in which these are over
 
 
 class Failover(Registry):
@@ -68,6 +70,7 @@ class Failover(Registry):
         # Until when, the upstream, and whether it broke off, or has sent all there is.
         self._transfers: dict[Digest, tuple[float, UpstreamRegistry | None, bool]] = {}
         self._probes: set[asyncio.Task[None]] = set()
+        self._flights = SingleFlight()
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         """After a transfer that broke off, or of all there is, the next upstream is tried first.
@@ -149,17 +152,29 @@ class Failover(Registry):
 
         If all are healthy, `last` comes first, or with `again` the one after it.  If the upstreams cannot be
         asked, the `holders` are; then one that may be back in a moment is waited for.  A request without
-        them is for what is known, and one of another replica has other sources: these wait for nobody.
+        them is for what may be known, and one of another replica has other sources: these wait for nobody.
         """
         start = sources.index(last) + again if last is not None and last in sources else 0
-        for _ in range(0 if holders is None or current().peer else ROUNDS - 1):
-            try:
-                return await self._ask_all(ask, self._order(sources, start), holders)
-            except Unavailable:
-                if (pause := self.pause) is None:
-                    raise
+        waits = not current().peer and (holders is not None or needed.get())
+        pause, rested = None, 0.0
+        for _ in range(ROUNDS - 1 if waits else 0):
+            if pause is None:
+                try:
+                    return await self._ask_all(ask, self._order(sources, start), holders)
+                except Unavailable:
+                    pause = self.pause
+                    if pause is None or rested >= LONGEST:
+                        raise
             await self._rest(pause)
+            rested += pause
+            pause = await self._still_lost() if rested < LONGEST else None
         return await self._ask_all(ask, self._order(sources, start), holders)
+
+    async def _still_lost(self) -> float | None:
+        """The pause before the next round, if hosts were lost and none of them is back: one probe tells."""
+        lost = [each for each in self._upstreams if each.lost]
+        await asyncio.gather(*(self._flights.join(each, each.probe) for each in lost))
+        return self.pause if lost and all(each.lost for each in lost) else None
 
     async def _ask_all(
         self,
@@ -229,7 +244,7 @@ class Failover(Registry):
     async def close(self) -> None:
         for probe in self._probes:
             probe.cancel()
-        await asyncio.gather(*self._probes, return_exceptions=True)
+        await asyncio.gather(*self._probes, self._flights.close(), return_exceptions=True)
         if self._owners is not None:
             self._owners.close()
         for upstream in self._upstreams:

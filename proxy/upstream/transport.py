@@ -26,11 +26,12 @@ import aiohttp
 from yarl import URL
 
 from proxy.config.hosts import is_private
+from proxy.config.quantities import seconds_until
 from proxy.connections.trust import Certificate, certificate_shown
 from proxy.telemetry.tracing import step
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
-from proxy.upstream.connect import Connect
+from proxy.upstream.connect import Connect, open_session
 from proxy.upstream.errors import Interrupted, error_from_failure, is_brief, is_final
 from proxy.upstream.failing_urls import FailingURLs
 from proxy.upstream.listing_memory import ignore
@@ -42,8 +43,6 @@ from storage.errors import OriginFailed, RegistryError
 from storage.shared import SharedState
 
 REDIRECTS = 5
-HEADER_LIMIT = 64 << 10  # bytes of one header: signed URLs in Location are long
-READ = 1 << 20  # bytes buffered of a body before its socket is paused
 RETRIES = 2  # of a request that reads
 BACKOFF = 0.1  # seconds at most before the first retry, doubling
 RESTART = 30  # times as long: how long a host may take that restarts
@@ -103,27 +102,9 @@ class Transport:
         if self._closed:
             raise aiohttp.ClientConnectionError("all connections were closed")
         if home not in self._sessions:
-            session = self._sessions[home] = self._open(self._home_socket if home else self._redirect_socket)
-            session._retry_connection = False  # its own silent retry would double each of ours
+            new_socket = self._home_socket if home else self._redirect_socket
+            self._sessions[home] = open_session(self._ssl, None if self._connect.proxy else new_socket)
         return self._sessions[home]
-
-    def _open(self, new_socket: Callable[[Any], socket.socket]) -> aiohttp.ClientSession:
-        connect = self._connect
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                ssl=self._ssl,
-                limit=0,
-                ttl_dns_cache=30,
-                socket_factory=None if connect.proxy else new_socket,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            requote_redirect_url=False,
-            read_bufsize=READ,
-            max_line_size=HEADER_LIMIT,
-            max_field_size=HEADER_LIMIT,
-            headers={"User-Agent": "entrepot", "Accept-Encoding": "identity"},
-        )
 
     # The address is checked when the socket is made, since a name may resolve to another one each time.
 
@@ -158,6 +139,11 @@ class Transport:
         return [(url.host_port_subcomponent or "", each) for url, each in self._breakers.items()]
 
     @property
+    def lost(self) -> bool:
+        """Whether the upstream's own host may be back in a moment."""
+        return self.breaker(self._home).pause is not None
+
+    @property
     def pause(self) -> float | None:
         """Seconds until to ask a host again that may be back in a moment; None: there is none."""
         pauses = (each.pause for each in self._breakers.values())
@@ -184,19 +170,24 @@ class Transport:
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         breaker = self.breaker(url)
         await breaker.probed()
+        since = self._failing.since(url)  # while its host answers other requests, it fails alone
+        alone = since is not None and breaker.answered_after(since)
         with breaker.call() as attempt:
             try:
                 async with self._bounded(method, body):
                     response, content = await self._persist(method, url, headers, body, limit)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error, url)
-                attempt.failed(failure, final=is_final(error), brief=is_brief(error))
+                if brief := is_brief(error):
+                    self._failing.note(url, True)
+                attempt.failed(failure, final=is_final(error), brief=brief, alone=alone)
                 raise failure from error
             except UnicodeError:  # a redirect or a challenge named it
                 raise OriginFailed(f"{self._name} names the host {url.raw_host}, which is none") from None
             if response.status in _DOWN:
-                brief = "Retry-After" not in response.headers
-                attempt.failed(OriginFailed(f"{self._name} answered {response.status}"), brief=brief)
+                wait = seconds_until(response.headers, time.time) or 0.0
+                failure = OriginFailed(f"{self._name} answered {response.status}", retry_after=wait)
+                attempt.failed(failure, brief=wait <= RESTART * BACKOFF, alone=alone)
             else:
                 attempt.succeeded()
             return response, content
@@ -234,8 +225,9 @@ class Transport:
         for attempt in range(retries + 1):
             try:
                 response = await self._once(method, url, headers, body, timeout, attempt)
-                fails = response.status in _PASSING and "Retry-After" not in response.headers
-                if not fails or attempt == retries or url in self._failing:
+                fails = response.status in _PASSING
+                late = "Retry-After" in response.headers or url in self._failing
+                if not fails or late or attempt == retries:
                     self._failing.note(url, fails)
                     return response, b"" if limit is None else await self._body(response, limit)
                 response.release()

@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 from proxy.config.quantities import MAX_RETRY_AFTER, seconds_until
 from proxy.server.fork import Parent
 from proxy.upstream.breaker import FAILURES, LAST, Breaker
-from proxy.upstream.ratelimit import DEFAULT_BLOCK, Budget, Budgets
+from proxy.upstream.ratelimit import DEFAULT_BLOCK, LONGEST_BLOCK, Budget, Budgets
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState, SharedTable
 from tests.conftest import Clock
@@ -394,10 +394,10 @@ def test_what_was_told_holds_for_a_window(budget: Budget, clock: Clock) -> None:
         ({}, 7.0, 7.0),
         ({}, 0.0, 1.0),
         ({}, None, DEFAULT_BLOCK),
-        ({}, math.inf, MAX_RETRY_AFTER),
+        ({}, math.inf, LONGEST_BLOCK),
         (told("0;w=600", "100;w=600"), 7.0, 7.0),
         (told("0;w=600", "100;w=600"), None, 500.0),
-        (told("0;w=999999999", "1;w=999999999"), None, MAX_RETRY_AFTER - 100),
+        (told("0;w=999999999", "1;w=999999999"), None, LONGEST_BLOCK),
     ],
 )
 def test_after_a_429_it_is_blocked_for_retry_after_else_the_rest_of_the_window_else_a_minute(

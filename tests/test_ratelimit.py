@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import LogCapture
 
+from proxy.upstream.ratelimit import LONGEST_BLOCK
 from tests.conftest import Clock, Serve, Site
 from tests.upstream import Basic, Bearer, Fault, Request, RetryAfter, Status, Upstream
 
@@ -179,17 +180,21 @@ async def test_a_429_to_a_revalidation_counts_as_well(serve: Serve, upstream: Up
     assert len(upstream.log) == 1
 
 
-async def test_without_retry_after_nothing_is_sent_for_the_rest_of_the_window(
+async def test_without_retry_after_nothing_is_sent_for_the_rest_of_the_window_or_for_minutes(
     serve: Serve, upstream: Upstream, clock: Clock
 ) -> None:
     upstream.ratelimit = 100, WINDOW, 1
     site = await warm(serve, upstream)  # which told of the window, 601 seconds ago
     image = upstream.image("a/b", "new")
-    assert await refusal(site, manifest_of("new")) == WINDOW - FRESH - 1
-    clock.advance(WINDOW - FRESH - 2)
-    assert await refusal(site, manifest_of("new")) == 1
-    assert upstream.log == ["GET manifest a/b:new"]
-    clock.advance(1)
+    for asked in (1, 2):
+        assert await refusal(site, manifest_of("new")) == LONGEST_BLOCK
+        clock.advance(LONGEST_BLOCK - 1)
+        assert await refusal(site, manifest_of("new")) == 1
+        assert upstream.log == ["GET manifest a/b:new"] * asked
+        clock.advance(1)
+    clock.advance(WINDOW - FRESH - 2 * LONGEST_BLOCK - 11)
+    assert await refusal(site, manifest_of("new")) == 10
+    clock.advance(10)
     upstream.ratelimit = 100, WINDOW, 100
     assert (await pull(site, manifest_of("new")))[:2] == (200, image.content)
 
@@ -207,8 +212,8 @@ async def test_nor_for_a_minute_where_no_window_is_known(
 
 async def test_retry_after_may_be_a_date(serve: Serve, upstream: Upstream) -> None:
     site = await serve(upstream, top=EXACT)
-    upstream.next("GET", "latest", RetryAfter(formatdate(time.time() + 3000, usegmt=True)))
-    assert 2000 < await refusal(site, TAG) <= 3000
+    upstream.next("GET", "latest", RetryAfter(formatdate(time.time() + 800, usegmt=True)))
+    assert 500 < await refusal(site, TAG) <= 800
 
 
 async def test_a_token_server_that_limits_us(serve: Serve, upstream: Upstream, clock: Clock) -> None:

@@ -16,6 +16,9 @@ from proxy.config.quantities import MAX_RETRY_AFTER
 from storage.shared import SharedTable
 
 DEFAULT_BLOCK = 60.0  # seconds without a request after a 429 without Retry-After
+# Seconds until it is asked again, whatever it has said: Retry-After is advice (RFC 9110 §10.2.3), Docker
+# Hub sends none with its limit of six hours and grants more bit by bit, and an account may be upgraded.
+LONGEST_BLOCK = 900.0
 
 _LIMIT = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9})\s*)?(?:[,;]|$)")
 
@@ -101,7 +104,7 @@ class Budget:
             told = self._told()
             if retry_after is None:
                 retry_after = time_left(told.begun, told.window, now) or DEFAULT_BLOCK
-            seconds = min(MAX_RETRY_AFTER, max(1.0, self.blocked_for, retry_after))
+            seconds = min(LONGEST_BLOCK, max(1.0, self.blocked_for, retry_after))
             told.blocked_at, told.blocked_for = now, seconds
             self._table.put(self._key, told)
         return seconds
@@ -126,7 +129,7 @@ class Budget:
                 told.window = min(MAX_RETRY_AFTER, max(0.0, spent.window))
                 if not time_left(told.begun, told.window, now):
                     told.begun = read_at
-            seconds = min(MAX_RETRY_AFTER, spent.blocked_for)
+            seconds = min(LONGEST_BLOCK, spent.blocked_for)
             if blocks and seconds > time_left(told.blocked_at, told.blocked_for, now):
                 told.blocked_at, told.blocked_for = now, seconds
             self._table.put(self._key, told)

@@ -84,6 +84,17 @@ async def test_what_is_sent_from_here(site: Site) -> None:
     assert (status, found["Content-Range"]) == (416, f"bytes */{len(LARGE)}")
 
 
+async def test_no_login_is_led_to_the_bucket(site: Site) -> None:
+    """Clients send it along to the host that they asked, and to those below it."""
+    path = await push(site, LARGE)
+    login = "Basic YWxpY2U6eA=="
+    for host in ("public.example", "PUBLIC.example:5000", "example", "example:5000"):
+        assert (await site.get(path, Host=host))[0] == 307, host
+        assert (await site.get(path, Host=host, Authorization=login))[::2] == (200, LARGE), host
+    for host in ("lic.example", "registry.public.example", "registry.example:5000"):
+        assert (await site.get(path, Host=host, Authorization=login))[0] == 307, host
+
+
 @pytest.mark.errors("blob.damaged", "bucket.failed")
 async def test_who_may_not_have_it_gets_no_url(site: Site, fake: FakeBucket) -> None:
     path = await push(site, LARGE)

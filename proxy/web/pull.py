@@ -13,7 +13,7 @@ from proxy.telemetry.exchange import Exchange
 from proxy.web.conditions import parse_conditions
 from proxy.web.peers import check_confirmed
 from proxy.web.ranges import Range, parse_ranges, satisfy
-from proxy.web.redirects import Redirects
+from proxy.web.redirects import Redirects, carries_login
 from proxy.web.responses import (
     COMMON,
     JSON,
@@ -104,7 +104,7 @@ class Pull:
         if self._redirects is None or not self._redirects.allows(request, ranges, exchange):
             return None
         found = await self._registry.locate_blob(name, digest)
-        if found is None:
+        if found is None or carries_login(request, found.url):
             return None
         exchange.content = found.descriptor
         _spans(ranges, found.descriptor.size)  # refuses what the blob has not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -30,3 +31,20 @@ class Redirects:
         if request.headers.get(ASKED, "").lower() == "never":
             return False
         return not any(each.fullmatch(exchange.agent or "") for each in self._never_for)
+
+
+def carries_login(request: web.BaseRequest, url: str) -> bool:
+    """Whether the client may send the login of its request along to the URL.
+
+    Go's HTTP client, which podman and others leave that to, does so for every port of the host that it
+    asked, and for hosts below it.  The bucket would learn the login, and S3 refuses a second login.
+    """
+    if "Authorization" not in request.headers:
+        return False
+    here, there = _host(request.headers.get("Host", "")), _host(urlsplit(url).netloc)
+    return there == here or there.endswith(f".{here}")
+
+
+def _host(netloc: str) -> str:
+    """The name or address, without a port."""
+    return re.sub(r":\d*$", "", netloc).lower()

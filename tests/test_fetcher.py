@@ -630,6 +630,28 @@ async def test_what_fails_for_ranges_alone_comes_whole(
     assert rig.store.files.path(digest).read_bytes() == BODY
 
 
+@pytest.mark.parametrize("after", [None, 20_000])
+async def test_the_whole_brings_what_a_client_asks_for_in_vain(
+    rig: Rig, upstream: Upstream, after: int | None
+) -> None:
+    digest = Digest(upstream.blob("a/b", BODY))
+    await leave_holes(rig, digest, upstream, *HOLES)
+    refused, fault = Hold(asyncio.Event(), after=None), RetryAfter(0, 503)
+    upstream.next("GET", lambda request: request.range == "bytes=1000-1000", fault, refused)
+    upstream.next("GET", to_ranges, fault, times=100)
+    held = Hold(asyncio.Event(), after)
+    upstream.next("GET", lambda request: not to_ranges(request), held)
+    reader = asyncio.create_task(rig.read(digest, 1000, 1001))
+    await refused.reached.wait()
+    await held.reached.wait()
+    refused.gate.set()
+    held.gate.set()
+    assert await reader == BODY[1000:1001]
+    await rig.fills.ended(digest)
+    assert asked(upstream).count((0, 0)) == 1
+    assert rig.store.files.path(digest).read_bytes() == BODY
+
+
 @pytest.mark.parametrize("status", [429, 502])
 async def test_a_cut_after_which_ranges_fail(
     tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch, status: int

@@ -201,10 +201,11 @@ class Fetcher:
         """Close the gaps in order.  Those that other transfers close are waited for."""
         transfers = self._transfers
         while True:
-            start, stop = transfers.parts.gap(transfers.end)
+            whole = self._whole or transfers.refusals.lasting
+            start, stop = transfers.parts.gap(transfers.end, whole)
             if start < stop:
-                whole = self._whole or transfers.refusals.lasting
                 await transfers.fetch_gap(start, transfers.reach(start, stop), whole)
+                self._whole = False  # what is missing still was left to a range that the origin sent
                 if transfers.size < 0:
                     return
                 await transfers.fetch_waiting()

@@ -164,9 +164,13 @@ class Parts:
                 asked.add(part.position, part.stop)
         return asked
 
-    def gap(self, end: int) -> tuple[int, int]:
-        """The first bytes before `end` that neither are there nor are asked for."""
-        return self._asked().gap(0, end)
+    def gap(self, end: int, whole: bool = False) -> tuple[int, int]:
+        """The first bytes before `end` that neither are there nor are asked for.
+
+        For a transfer of the `whole` blob, the first that no transfer brings: what is asked for by range may
+        be refused, and would be left out.
+        """
+        return (self.taken if whole else self._asked()).gap(0, end)
 
     def piece(self, end: int) -> int:
         """How many of the bytes before `end` are asked for at once: fewer, the fewer are missing.

@@ -16,25 +16,23 @@ MOST = 256  # URLs that are kept
 class FailingURLs:
     """URLs of which a request was sent several times, and was answered with a failure each time.
 
-    What a query says does not count: it may be a signature.
+    Each is of one method: a HEAD may be answered where a GET fails.  What a query says does not count: it may
+    be a signature.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since: dict[URL, float] = {}
+        self._since: dict[tuple[str, URL], float] = {}
 
-    def __contains__(self, url: URL) -> bool:
-        return self.since(url) is not None
-
-    def since(self, url: URL) -> float | None:
+    def since(self, method: str, url: URL) -> float | None:
         """When it failed last; None if that is no longer known, or if it did not."""
-        since = self._since.get(url.with_query(None)) if self._since else None
+        since = self._since.get((method, url.with_query(None))) if self._since else None
         return since if since is not None and time_left(since, KEPT, self._clock()) > 0 else None
 
-    def note(self, url: URL, failed: bool) -> None:
+    def note(self, method: str, url: URL, failed: bool) -> None:
         """Remember how a request to it ended."""
         if failed or self._since:
-            self._since.pop(key := url.with_query(None), None)
+            self._since.pop(key := (method, url.with_query(None)), None)
             if failed:
                 self._since[key] = self._clock()
                 if len(self._since) > MOST:

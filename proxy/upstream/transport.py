@@ -170,7 +170,7 @@ class Transport:
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         breaker = self.breaker(url)
         await breaker.probed()
-        since = self._failing.since(url)  # while its host answers other requests, it fails alone
+        since = self._failing.since(method, url)  # while its host answers other requests, it fails alone
         alone = since is not None and breaker.answered_after(since)
         with breaker.call() as attempt:
             try:
@@ -179,7 +179,7 @@ class Transport:
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error, url)
                 if brief := is_brief(error):
-                    self._failing.note(url, True)
+                    self._failing.note(method, url, True)
                 attempt.failed(failure, final=is_final(error), brief=brief, alone=alone)
                 raise failure from error
             except UnicodeError:  # a redirect or a challenge named it
@@ -226,9 +226,9 @@ class Transport:
             try:
                 response = await self._once(method, url, headers, body, timeout, attempt)
                 fails = response.status in _PASSING
-                late = "Retry-After" in response.headers or url in self._failing
+                late = "Retry-After" in response.headers or self._failing.since(method, url) is not None
                 if not fails or late or attempt == retries:
-                    self._failing.note(url, fails)
+                    self._failing.note(method, url, fails)
                     return response, b"" if limit is None else await self._body(response, limit)
                 response.release()
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:

@@ -169,6 +169,25 @@ def test_before_it_opens_it_may_be_back_as_well(clock: Clock) -> None:
     assert (breaker.closed, breaker.pause) == (False, 0.25), "a failure long ago was of another outage"
 
 
+def test_what_fails_alone_waits_for_the_end_and_holds_up_nothing_else(clock: Clock) -> None:
+    breaker, pauses = Breaker(clock, moment=3.0), []
+    for _ in range(FAILURES):
+        with breaker.call() as call:
+            call.failed(CUT, brief=True, alone=True)
+        pauses.append(breaker.pause)
+    assert pauses == [3.0, 3.0, 0.25], "it is open then, and the next request is a probe"
+
+
+def test_a_host_is_left_alone_for_as_long_as_it_asks(clock: Clock) -> None:
+    breaker = Breaker(clock, moment=3.0)
+    with breaker.call() as call:
+        call.failed(OriginFailed("busy", retry_after=2.0), brief=True)
+    assert breaker.pause == 2.0
+    with breaker.call() as call:
+        call.failed(OriginFailed("busy", retry_after=20.0))
+    assert breaker.pause is None
+
+
 def test_while_a_probe_is_under_way_the_pause_is_not_nothing(clock: Clock) -> None:
     breaker = Breaker(clock, moment=3.0)
     with breaker.call() as call:

@@ -214,9 +214,9 @@ class Breaker:
                 circuit.lost = -math.inf
             elif not (was_open or time_left(circuit.lost, self._moment, now)):
                 circuit.lost = now
-            # What fails alone is asked for once more, at the end.
-            circuit.told = self._moment if alone else (error.retry_after or 0.0)
             opens = was_open or (final and sent >= circuit.answered) or circuit.failures >= FAILURES
+            # What fails alone is asked for once more, at the end; others need not wait for it.
+            circuit.told = self._moment if alone and not opens else (error.retry_after or 0.0)
             if opens:
                 circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
                 if time_left(circuit.lost, self._moment, now):

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import aiohttp
 import pytest
 
-from proxy.upstream.errors import is_brief
+from proxy.upstream.errors import OriginAway, is_brief
 from storage.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -45,9 +45,9 @@ STATUSES: list[tuple[int, type[RegistryError]]] = [
     (451, OriginFailed),
     (500, OriginFailed),
     (501, OriginFailed),
-    (502, OriginFailed),
-    (503, OriginFailed),
-    (504, OriginFailed),
+    (502, OriginAway),
+    (503, OriginAway),
+    (504, OriginAway),
     (204, OriginFailed),
     (304, OriginFailed),
     (302, OriginFailed),

@@ -196,6 +196,23 @@ async def test_what_was_there_again_after_it_had_failed_alone(waits: Make, upstr
     assert up.waited == [0.25, 3.0]
 
 
+@pytest.mark.parametrize("fault", [Refuse(), Status(502), RetryAfter(1, 503)], ids=str)
+@pytest.mark.parametrize("again", [True, False])
+async def test_what_failed_as_another_request_was_answered_is_asked_for_once_more(
+    waits: Make, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, fault: Fault, again: bool
+) -> None:
+    """One of several servers behind a name may be away."""
+    image, up = upstream.image("a/b", "latest"), waits(upstream)
+    monkeypatch.setattr(Failover, "pause", None)
+    upstream.next("GET", "latest", fault, times=(1 if isinstance(fault, RetryAfter) else 1 + RETRIES) + again)
+    if again and fault != Refuse():
+        with pytest.raises(OriginFailed):
+            await up.origin.get_manifest("a/b", LATEST)
+    else:
+        assert (await up.origin.get_manifest("a/b", LATEST)).digest == image.digest
+    assert up.waited == [0.25]
+
+
 async def test_it_says_when_to_ask_again(waits: Make, upstream: Upstream) -> None:
     image, up = upstream.image("a/b", "latest"), waits(upstream)
     upstream.next("GET", anything, RetryAfter(2, 503), times=2)

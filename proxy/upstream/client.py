@@ -128,6 +128,11 @@ class UpstreamRegistry(Registry):
         return self._sender.transport.pause
 
     @property
+    def moment(self) -> float:
+        """For how many seconds one of its hosts may be away that restarts."""
+        return self._sender.transport.moment
+
+    @property
     def lost(self) -> bool:
         """Whether its own host has failed, and may be back in a moment."""
         return self._sender.transport.lost

@@ -41,6 +41,8 @@ from storage.errors import (
 
 ERROR_LIMIT = 64 << 10  # bytes of an error's body
 MESSAGE_LIMIT = 300  # characters of a message that are passed on
+DOWN = frozenset((502, 503, 504))
+MOMENT = 3.0  # seconds at most that a host is away that restarts
 
 _UNKNOWN: dict[str, type[RegistryError]] = {
     "blob": BlobUnknown,
@@ -70,6 +72,10 @@ _CODES: dict[str, type[RegistryError]] = {
 
 
 _GONE = frozenset((errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE))
+
+
+class OriginAway(OriginFailed):
+    """It failed as while it restarts, and may answer the next request."""
 
 
 class Interrupted(OriginFailed):
@@ -112,7 +118,9 @@ def error_from_response(
         return _push_error(message, status, kind, errors)
     if status in (404, 410) or (kind == "referrers" and 400 <= status < 500):
         return _UNKNOWN.get(kind, ManifestUnknown)(message)
-    return OriginFailed(message, retry_after=seconds_until(response.headers, time.time))
+    seconds = seconds_until(response.headers, time.time)
+    away = status in DOWN and (seconds or 0.0) <= MOMENT
+    return (OriginAway if away else OriginFailed)(message, retry_after=seconds)
 
 
 def _push_error(message: str, status: int, kind: str, errors: list[_UpstreamError]) -> RegistryError:
@@ -161,11 +169,12 @@ def error_from_failure(name: str, error: BaseException, url: URL | None, home: U
     if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
         return OriginTimeout(f"{name} did not answer in time")
     failure = explain(error, url)
+    failed = OriginAway if is_brief(error) else OriginFailed
     if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
-        return OriginFailed(f"{name}: {failure}")
+        return failed(f"{name}: {failure}")
     elsewhere = url is not None and url.origin() != home
     where = f" at {url.host_port_subcomponent}" if url is not None and elsewhere else ""
-    kind = OriginTimeout if isinstance(error, TimeoutError) else OriginFailed
+    kind = OriginTimeout if isinstance(error, TimeoutError) else failed
     return kind(f"{name} cannot be reached{where}: {failure}")
 
 

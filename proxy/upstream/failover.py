@@ -23,8 +23,9 @@ from typing import TypeAlias, TypeVar
 import structlog
 
 from proxy.telemetry.exchange import current, needed, origin_age
-from proxy.upstream.breaker import HostState
+from proxy.upstream.breaker import SOON, HostState
 from proxy.upstream.client import UpstreamRegistry
+from proxy.upstream.errors import OriginAway
 from proxy.upstream.peers import Owners
 from storage.concurrency import SingleFlight
 from storage.errors import (
@@ -161,8 +162,11 @@ class Failover(Registry):
             if pause is None:
                 try:
                     return await self._ask_all(ask, self._order(sources, start), holders)
-                except Unavailable:
+                except Unavailable as error:
                     pause = self.pause
+                    if pause is None and isinstance(error, OriginAway) and not rested:
+                        # It has answered another request meanwhile.
+                        pause = min(SOON, self._upstreams[-1].moment) or None
                     if pause is None or rested >= LONGEST:
                         raise
             await self._rest(pause)

@@ -32,7 +32,7 @@ from proxy.telemetry.tracing import step
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.connect import Connect, open_session
-from proxy.upstream.errors import Interrupted, error_from_failure, is_brief, is_final
+from proxy.upstream.errors import DOWN, Interrupted, error_from_failure, is_brief, is_final
 from proxy.upstream.failing_urls import FailingURLs
 from proxy.upstream.listing_memory import ignore
 from proxy.upstream.liveness import answering, coming
@@ -50,8 +50,7 @@ READING = ("GET", "HEAD")
 HOSTS = 100  # hosts whose breakers are kept
 _MOVED = frozenset((301, 302, 303, 307, 308))
 _CONTENT = frozenset((200, 206, 416))  # of answers to a request for content, or for a part of it
-_DOWN = frozenset((502, 503, 504))
-_PASSING = _DOWN | {500}  # which concerns one request only: S3 wants it to be sent again
+_PASSING = DOWN | {500}  # which concerns one request only: S3 wants it to be sent again
 RequestBody: TypeAlias = Mapping[str, str] | bytes | StreamedBody | None  # a mapping is a form
 
 
@@ -87,6 +86,7 @@ class Transport:
         self._jitter = jitter
         self._shared = shared or SharedState()
         self._failing = FailingURLs(clock)
+        self.moment = RESTART * BACKOFF
         self._breakers: dict[URL, Breaker] = {}
         self.breaker(home)  # the first, and so never dropped
         self._private = connect.private_redirects or is_private(home.raw_host or "")
@@ -128,7 +128,7 @@ class Transport:
             changed = partial(self._changed, origin.host_port_subcomponent or "")
             # After a reload, processes with former options of the connection have states of their own.
             key = self._name, str(self._home), self._connect, str(origin)
-            found = Breaker(self._clock, changed, self._shared, key, RESTART * BACKOFF)
+            found = Breaker(self._clock, changed, self._shared, key, self.moment)
             self._breakers[origin] = found
             if len(self._breakers) > HOSTS:
                 del self._breakers[list(self._breakers)[1]]
@@ -184,10 +184,10 @@ class Transport:
                 raise failure from error
             except UnicodeError:  # a redirect or a challenge named it
                 raise OriginFailed(f"{self._name} names the host {url.raw_host}, which is none") from None
-            if response.status in _DOWN:
+            if response.status in DOWN:
                 wait = seconds_until(response.headers, time.time) or 0.0
                 failure = OriginFailed(f"{self._name} answered {response.status}", retry_after=wait)
-                attempt.failed(failure, brief=wait <= RESTART * BACKOFF, alone=alone)
+                attempt.failed(failure, brief=wait <= self.moment, alone=alone)
             else:
                 attempt.succeeded()
             return response, content

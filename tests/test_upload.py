@@ -17,6 +17,7 @@ from proxy.upstream.body import StreamedBody
 from proxy.upstream.client import UpstreamRegistry as Client
 from proxy.upstream.connect import Connect
 from proxy.upstream.credentials import Credentials, Inline
+from proxy.upstream.errors import OriginAway
 from proxy.upstream.requests import RequestSender, UpstreamSettings
 from proxy.upstream.upload import SMALL, UploadSession
 from storage.errors import (
@@ -374,7 +375,7 @@ def said(code: str, message: str = "because", **detail: Any) -> bytes:
         (400, said("DENIED"), OriginDenied),
         (429, said("TOOMANYREQUESTS"), TooManyRequests),
         (500, b"{", OriginFailed),
-        (503, said("UNAVAILABLE"), OriginFailed),
+        (503, said("UNAVAILABLE"), OriginAway),
         (400, b"[" * 100_000, ManifestInvalid),
         (400, b'{"errors": [7]}', ManifestInvalid),
     ],
@@ -401,7 +402,7 @@ async def test_refusals_of_a_manifest(
         (400, said("SIZE_INVALID"), SizeInvalid),
         (416, b"", RangeInvalid),
         (413, b"", BlobUploadInvalid),
-        (502, b"", OriginFailed),
+        (502, b"", OriginAway),
     ],
 )
 async def test_refusals_of_an_upload(

@@ -24,7 +24,7 @@ from tests.layout import Layout, digest_of
 from tests.receiver import Receiver
 from tests.upstream import Hold, Image, Upstream
 
-LAYER = b"a layer" * 100_000
+LAYER = b"a layer" * 10_000
 STORE = {
     "immutable_tags": ["ci-lts"],
     "keep_tags": [{"tags": ["ci-*"], "last": 10, "pulled_within": "30d"}],

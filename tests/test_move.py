@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from storage import keys
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageUnavailable
-from storage.keys import API_KEY, KEY_USED, LEASE, LINK, OBJECT, PIN, SIGNING, UPLOAD, RecordKind
+from storage.keys import API_KEY, KEY_USED, LEASE, LINK, PIN, SIGNING, RecordKind
 from storage.migration.move import OF_ENGINES, OF_SERVERS, EngineMove, MoveReport
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.records import Records
@@ -183,18 +184,81 @@ async def test_there_and_back_all_is_the_same(tmp_path: Path, engines: dict[str,
     await moved(config, "local")
     assert await look(config) == before
     assert await look(alone) == before
-    assert not [key async for key in _keys(alone) if key.startswith((OBJECT.prefix(), UPLOAD.prefix()))]
     await moved(config, "local")
     assert await look(alone) == before
     await moved(config, "shared")  # over what is left there
     assert await look(config) == before
 
 
-async def _keys(config: Config) -> AsyncIterator[str]:
-    store = private_store(config)
-    for key in store.records.keys(""):
-        yield key
+async def test_what_was_used_before_a_move_is_used_after_it(tmp_path: Path, fake: FakeBucket) -> None:
+    """A blob that a client has just pushed is not collected for what its file was when the registry left."""
+    alone, config = configured(tmp_path), configured(tmp_path, **in_bucket(fake))
+    store = private_store(alone)
+    await push(store, b"a blob")
+    digest = Digest.of(b"a blob")
     await store.close()
+    await moved(config, "shared")
+    file = store.files.path(digest)
+    os.utime(file, (1000.0, 1000.0))
+    store = private_store(config)
+    await push(store, b"a blob")
+    used = store.files.find(digest)
+    assert used is not None
+    await store.close()
+    await moved(config, "local")
+    assert file.stat().st_mtime == pytest.approx(used.used_at, abs=1)
+
+
+async def test_objects_that_a_move_leaves_serve_again_or_are_deleted(
+    tmp_path: Path, fake: FakeBucket
+) -> None:
+    alone, config = configured(tmp_path), configured(tmp_path, **in_bucket(fake))
+    store = private_store(alone)
+    await push(store, b"kept", b"deleted")
+    await store.close()
+    await moved(config, "shared")
+    first = dict(fake.objects)
+    assert sorted(first.values()) == [b"deleted", b"kept"]
+    before = private_store(config)
+    await moved(config, "local")
+    blob = await before.get_blob("local/a", Digest.of(b"deleted"))  # by a server that has not reloaded
+    assert b"".join([bytes(each) async for each in blob.chunks()]) == b"deleted"
+    await blob.close()
+    await before.close()
+    store = private_store(alone)
+    removed = partial(store.files.remove_old, Digest.of(b"deleted"), lambda at: True)
+    await store.run(store.records.transaction, removed)
+    await store.close()
+    fake.asked.clear()
+    await moved(config, "shared")
+    assert not [each for each in fake.asked if each.startswith("PUT ")]
+    store = private_store(config)
+    await store.run(store.files.reap, 86400.0)
+    await store.close()
+    assert fake.objects == {key: content for key, content in first.items() if content == b"kept"}
+
+
+async def test_a_last_step_that_seems_to_fail_is_said_to_and_is_not_repeated(
+    tmp_path: Path, fake: FakeBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path, **in_bucket(fake))
+    store = private_store(configured(tmp_path))
+    await push(store, b"one")
+    await store.close()
+    leave = EngineMove._leave
+
+    def lost(move: EngineMove) -> bool:
+        leave(move)
+        raise StorageUnavailable("the connection was lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EngineMove, "_leave", lost)
+        with pytest.raises(StorageUnavailable, match="the connection was lost"):
+            await moved(config, "shared")
+    report = await moved(config, "shared")
+    assert (report.passes, report.damaged) == (0, {})
+    assert is_shared(config)
+    assert (await look(config))[1] == {Digest.of(b"one"): b"one"}
 
 
 @pytest.mark.clients

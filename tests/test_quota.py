@@ -23,7 +23,7 @@ __all__ = ["place"]  # the fixture
 
 pytestmark = pytest.mark.clients
 
-SECONDS = float(os.environ.get("ENTREPOT_QUOTA_SECONDS", "10"))
+SECONDS = float(os.environ.get("ENTREPOT_QUOTA_SECONDS", "6"))
 CLIENTS = 4
 LIMIT = 16 << 20
 

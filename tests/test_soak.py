@@ -24,7 +24,7 @@ __all__ = ["place"]  # the fixture
 
 pytestmark = pytest.mark.clients
 
-SECONDS = float(os.environ.get("ENTREPOT_SOAK_SECONDS", "20"))
+SECONDS = float(os.environ.get("ENTREPOT_SOAK_SECONDS", "12"))
 CLIENTS = 8
 MEMORY = 300 << 20  # bytes of a worker; the load's content is smaller
 # How often something happens: at every so manieth operation of the clients.

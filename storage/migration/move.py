@@ -18,6 +18,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -202,7 +203,8 @@ class EngineMove:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
             if not left:
-                await run_in_thread(self._pause, False)
+                with suppress(NotMovable):  # the source was left after all, which the next move finds
+                    await run_in_thread(self._pause, False)
             self.report.paused += self._clock() - begun
         return left
 
@@ -241,14 +243,8 @@ class EngineMove:
         return self._source.records.transaction(work)
 
     def _end(self) -> None:
-        """Step 5, and remove what the content on the disk needs no records for."""
+        """Step 5.  Records of objects stay: a server that still uses the bucket finds them."""
         self._target.records.put(KEY, Writers(self._target.kind, self._id).encode())
-        if self._target.kind == FILES:
-            stale = (
-                key for kind in (OBJECT, LEFTOVER, UPLOAD) for key in self._target.records.keys(kind.prefix())
-            )
-            for keys in batches(stale):
-                self._target.records.transaction(partial(_delete, keys))
 
     # Copying
 
@@ -260,7 +256,7 @@ class EngineMove:
             report.whole = report.blobs + len(missing)
             report.whole_bytes = report.bytes + sum(each.size for each in missing)
             await for_each(self._copy_blob, missing, AT_ONCE)
-            await run_in_thread(self._remove_extra)
+            await run_in_thread(self._compare)
         if self._source.kind != FILES and self._target.kind == FILES:
             await run_in_thread(self._copy_uploads)
         if not self._in_place:
@@ -284,15 +280,21 @@ class EngineMove:
         self.report.blobs += 1
         self.report.bytes += blob.size
 
-    def _remove_extra(self) -> None:
-        """What has been collected since it was copied, or was left here by a former move."""
+    def _compare(self) -> None:
+        """Remove what is not in the source: it was collected since, or a former move left it here.
+
+        What is there was used last when the source says so, so that it is not collected before its time.
+        """
         for portion in self._target.content.portions():
             for each in portion:
-                if not self._source.content.holds(each.digest):
-                    self._done.discard(each.digest)
-                    self._target.records.transaction(
-                        partial(self._target.content.remove_old, each.digest, lambda at: True)
-                    )
+                found = self._source.content.find(each.digest)
+                if found is not None:
+                    self._target.content.touch(each.digest, found.used_at)
+                    continue
+                self._done.discard(each.digest)
+                self._target.records.transaction(
+                    partial(self._target.content.remove_old, each.digest, lambda at: True)
+                )
 
     def _copy_uploads(self) -> None:
         from storage.bucket.sessions import Session  # only here: see above
@@ -336,8 +338,3 @@ def _change(changes: list[tuple[str, bytes | None]], batch: Batch) -> None:
             batch.delete(key)
         else:
             batch.put(key, value)
-
-
-def _delete(keys: list[str], batch: Batch) -> None:
-    for key in keys:
-        batch.delete(key)

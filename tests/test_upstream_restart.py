@@ -175,7 +175,10 @@ async def test_it_answers_nothing_or_for_a_program_that_is_not_there(
 async def test_what_fails_alone_is_asked_for_twice_more(
     waits: Make, upstream: Upstream, fault: Fault
 ) -> None:
-    """The upstream answers other requests: a proxy may have lost the one server that has it."""
+    """The upstream answers other requests: a proxy may have lost the one server that has it.
+
+    If it fails for longer than a restart takes, it is asked for once more.
+    """
     upstream.image("a/b", "latest")
     up = waits(upstream)
     upstream.next("GET", "latest", fault, times=100)
@@ -183,10 +186,29 @@ async def test_what_fails_alone_is_asked_for_twice_more(
         with pytest.raises(OriginFailed):
             await up.origin.get_manifest("a/b", LATEST)
     rest = 1.0 if isinstance(fault, RetryAfter) else 0.25
-    assert up.waited == [rest, 3.0] * 2
+    assert up.waited == [rest, 3.0, rest]
     first, again = (1 if isinstance(fault, RetryAfter) else 1 + RETRIES), (3 if fault == Refuse() else 1)
-    assert upstream.log.count("GET manifest a/b:latest") == first + 5 * again
-    assert len(upstream.log) == first + 5 * again + 2
+    assert upstream.log.count("GET manifest a/b:latest") == first + 4 * again
+    assert len(upstream.log) == first + 4 * again + 2
+
+
+async def test_what_fails_alone_for_long_does_not_say_that_its_host_is_away(
+    waits: Make, upstream: Upstream
+) -> None:
+    image, up = upstream.image("a/b", "latest"), waits(upstream)
+    upstream.image("a/b", "other", [b"another"])
+    upstream.next("GET", "latest", Status(502), times=100)
+    for number in range(3):
+        with pytest.raises(OriginFailed):
+            await up.origin.get_manifest("a/b", LATEST)
+        await up.origin.get_manifest("a/b", Tag("other"))
+        assert len(up.waited) == 2 + number
+    assert upstream.log.count("GET manifest a/b:latest") == 5 + 2 + 2
+    await upstream.stop()
+    up.waited.clear()
+    up.then = [nothing, upstream.start]
+    assert (await up.origin.get_manifest("a/b", Digest(image.digest))).digest == image.digest
+    assert up.waited == [0.25] * 2
 
 
 async def test_what_was_there_again_after_it_had_failed_alone(waits: Make, upstream: Upstream) -> None:

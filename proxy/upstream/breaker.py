@@ -197,7 +197,7 @@ class Breaker:
         opening: int,
         *,
         final: bool,
-        brief: bool = False,
+        brief: bool | None = False,
         alone: bool = False,
         sent: float = math.inf,
     ) -> None:
@@ -210,13 +210,14 @@ class Breaker:
                 return
             circuit.failures += 1
             was_open = circuit.error is not None
-            if not brief:
+            if brief is False:
                 circuit.lost = -math.inf
-            elif not (was_open or time_left(circuit.lost, self._moment, now)):
+            elif brief and not (was_open or time_left(circuit.lost, self._moment, now)):
                 circuit.lost = now
             opens = was_open or (final and sent >= circuit.answered) or circuit.failures >= FAILURES
             # What fails alone is asked for once more, at the end; others need not wait for it.
-            circuit.told = self._moment if alone and not opens else (error.retry_after or 0.0)
+            if brief is not None:
+                circuit.told = self._moment if alone and not opens else (error.retry_after or 0.0)
             if opens:
                 circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
                 if time_left(circuit.lost, self._moment, now):
@@ -270,12 +271,12 @@ class Attempt:
         self._breaker.succeeded()
 
     def failed(
-        self, error: RegistryError, *, final: bool = False, brief: bool = False, alone: bool = False
+        self, error: RegistryError, *, final: bool = False, brief: bool | None = False, alone: bool = False
     ) -> None:
         """Record a failure.
 
         final: it alone proves that others would fail too, unless some were answered since
-        brief: it may be over in a moment, as when the host restarts
+        brief: it may be over in a moment, as when the host restarts; None: it says nothing of that
         alone: the host has answered other requests since this one failed before
         """
         self._breaker.failed(error, self._opening, final=final, brief=brief, alone=alone, sent=self._sent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from yarl import URL
 
@@ -11,6 +12,13 @@ from proxy.upstream.ratelimit import time_left
 
 KEPT = 30.0  # seconds since it failed last
 MOST = 256  # URLs that are kept
+
+
+class FailingURL(NamedTuple):
+    """When it failed first, and last."""
+
+    first: float
+    last: float
 
 
 class FailingURLs:
@@ -22,18 +30,20 @@ class FailingURLs:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since: dict[tuple[str, URL], float] = {}
+        self._known: dict[tuple[str, URL], FailingURL] = {}
 
-    def since(self, method: str, url: URL) -> float | None:
-        """When it failed last; None if that is no longer known, or if it did not."""
-        since = self._since.get((method, url.with_query(None))) if self._since else None
-        return since if since is not None and time_left(since, KEPT, self._clock()) > 0 else None
+    def get(self, method: str, url: URL) -> FailingURL | None:
+        """None if it does not fail, or if that was long ago."""
+        found = self._known.get((method, url.with_query(None))) if self._known else None
+        return found if found is not None and time_left(found.last, KEPT, self._clock()) > 0 else None
 
     def note(self, method: str, url: URL, failed: bool) -> None:
         """Remember how a request to it ended."""
-        if failed or self._since:
-            self._since.pop(key := (method, url.with_query(None)), None)
+        if failed or self._known:
+            known = self.get(method, url)
+            self._known.pop(key := (method, url.with_query(None)), None)
             if failed:
-                self._since[key] = self._clock()
-                if len(self._since) > MOST:
-                    del self._since[next(iter(self._since))]
+                now = self._clock()
+                self._known[key] = FailingURL(known.first if known else now, now)
+                if len(self._known) > MOST:
+                    del self._known[next(iter(self._known))]

@@ -170,8 +170,10 @@ class Transport:
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         breaker = self.breaker(url)
         await breaker.probed()
-        since = self._failing.since(method, url)  # while its host answers other requests, it fails alone
-        alone = since is not None and breaker.answered_after(since)
+        failing = self._failing.get(method, url)  # alone, if its host answers other requests meanwhile
+        alone = failing is not None and breaker.answered_after(failing.last)
+        lasts = alone and failing is not None and self._clock() - failing.first >= self.moment > 0
+        away = None if lasts else True  # what a failure says that may be over in a moment
         with breaker.call() as attempt:
             try:
                 async with self._bounded(method, body):
@@ -180,14 +182,14 @@ class Transport:
                 failure = self.failed(error, url)
                 if brief := is_brief(error):
                     self._failing.note(method, url, True)
-                attempt.failed(failure, final=is_final(error), brief=brief, alone=alone)
+                attempt.failed(failure, final=is_final(error), brief=brief and away, alone=alone)
                 raise failure from error
             except UnicodeError:  # a redirect or a challenge named it
                 raise OriginFailed(f"{self._name} names the host {url.raw_host}, which is none") from None
             if response.status in DOWN:
                 wait = seconds_until(response.headers, time.time) or 0.0
                 failure = OriginFailed(f"{self._name} answered {response.status}", retry_after=wait)
-                attempt.failed(failure, brief=wait <= self.moment, alone=alone)
+                attempt.failed(failure, brief=wait <= self.moment and away, alone=alone)
             else:
                 attempt.succeeded()
             return response, content
@@ -226,7 +228,7 @@ class Transport:
             try:
                 response = await self._once(method, url, headers, body, timeout, attempt)
                 fails = response.status in _PASSING
-                late = "Retry-After" in response.headers or self._failing.since(method, url) is not None
+                late = "Retry-After" in response.headers or self._failing.get(method, url) is not None
                 if not fails or late or attempt == retries:
                     self._failing.note(method, url, fails)
                     return response, b"" if limit is None else await self._body(response, limit)

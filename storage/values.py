@@ -72,7 +72,7 @@ class Absence(NamedTuple):
     what: str
 
     def encode(self) -> bytes:
-        return f"{self.at} {self.code} {self.repository} {self.what}".encode()
+        return f"{self.at} {self.code} {self.repository} {self.what}".encode(*_TEXT)
 
     @classmethod
     def parse(cls, record: bytes | None) -> Absence | None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from storage import keys
 from storage.keys import LINK, MANIFEST, TAG, RecordKind, parse_reference_key
 from storage.oci import Digest, Tag
-from storage.values import Link, Pointer, StoredManifest
+from storage.values import Absence, Link, Pointer, StoredManifest
 from tests.test_layers import modules
 
 KINDS = [value for value in vars(keys).values() if isinstance(value, RecordKind)]
@@ -112,15 +112,24 @@ digests = st.binary(max_size=2).flatmap(
             StoredManifest, st.text(st.characters(codec="ascii", exclude_characters="\n")), times, st.binary()
         ),
         st.builds(Link, st.integers(0), times),
+        st.builds(
+            Absence,
+            times,
+            st.just("NAME_UNKNOWN"),
+            st.sampled_from(["a/b", "up/a"]),
+            st.text("ab :/", min_size=1),
+        ),
     )
 )
-def test_parse_is_the_inverse_of_encode(value: Pointer | StoredManifest | Link) -> None:
+def test_parse_is_the_inverse_of_encode(value: Pointer | StoredManifest | Link | Absence) -> None:
     assert type(value).parse(value.encode()) == value
 
 
-@pytest.mark.parametrize("kind", [Pointer, StoredManifest, Link])
+@pytest.mark.parametrize("kind", [Pointer, StoredManifest, Link, Absence])
 @given(record=st.binary() | st.none())
-def test_a_damaged_value_is_none(kind: type[Pointer | StoredManifest | Link], record: bytes | None) -> None:
+def test_a_damaged_value_is_none(
+    kind: type[Pointer | StoredManifest | Link | Absence], record: bytes | None
+) -> None:
     found = kind.parse(record)
     assert found is None or kind.parse(found.encode()) == found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 
 from storage.errors import (
@@ -65,11 +66,12 @@ class Absences:
             await self._store.run(self._store.records.put, _slot_key(repository, what), value)
 
     async def discard(self, repository: str, what: str) -> None:
-        """Raises StorageFailed."""
-        if await self._store.read(self._store.listings.get, repository, _key(what)) is not None:
-            await self._store.listings.delete(repository, _key(what))
-        if await self._store.read(self._slot, repository, what) is not None:
-            await self._store.run(self._store.records.delete, _slot_key(repository, what))
+        """The origin has it.  A record that cannot be removed stays until its time is over."""
+        with suppress(StorageFailed):
+            if await self._store.read(self._store.listings.get, repository, _key(what)) is not None:
+                await self._store.listings.delete(repository, _key(what))
+            if await self._store.read(self._slot, repository, what) is not None:
+                await self._store.run(self._store.records.delete, _slot_key(repository, what))
 
     def _slot(self, repository: str, what: str) -> Absence | None:
         found = Absence.parse(self._store.records.get(_slot_key(repository, what)))

@@ -73,7 +73,7 @@ class Listings:
         except (NameUnknown, OriginDenied) as error:
             await self._origin.keep(absences.add(name, TAGS, None, error))
             raise
-        await self._origin.keep(absences.discard(name, TAGS))
+        await absences.discard(name, TAGS)
         return found
 
     async def referrers(
@@ -94,7 +94,7 @@ class Listings:
             except ManifestUnknown as error:
                 await self._origin.keep(absences.add(name, REFERRERS_API, digest, error))
                 raise
-            await self._origin.keep(absences.discard(name, REFERRERS_API))
+            await absences.discard(name, REFERRERS_API)
             return ListedReferrers.of(found)
 
         try:

@@ -234,7 +234,7 @@ class Origin:
             self.failed(error)
             raise
         self.served()
-        await self.keep(self.absences.discard(name, reference))
+        await self.absences.discard(name, reference)
         await self.keep(self._store.push_manifest(name, reference, manifest))
         if isinstance(reference, Tag) and (age := origin_age.get()):
             await self.keep(self._store.point(name, reference, manifest.digest, age))

@@ -87,7 +87,8 @@ async def test_if_the_first_fails_so_do_the_others(
     later = [asyncio.create_task(each.namespaces.get_manifest(NAME, asked)) for each in workers]
     await upstream.stop()
     found = await asyncio.gather(first, *later, return_exceptions=True)
-    assert [type(each) for each in found] == [OriginAway, OriginAway, OriginFailed]  # the last in another process
+    # The last waits in another process.
+    assert [type(each) for each in found] == [OriginAway, OriginAway, OriginFailed]
     assert len(upstream.log) == 1
 
 

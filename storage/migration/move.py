@@ -288,13 +288,13 @@ class EngineMove:
         for portion in self._target.content.portions():
             for each in portion:
                 found = self._source.content.find(each.digest)
-                if found is not None:
+                if found is None:
+                    self._done.discard(each.digest)
+                    self._target.records.transaction(
+                        partial(self._target.content.remove_old, each.digest, lambda at: True)
+                    )
+                elif found.used_at > each.used_at:  # else it costs a transaction, while writers may be paused
                     self._target.content.touch(each.digest, found.used_at)
-                    continue
-                self._done.discard(each.digest)
-                self._target.records.transaction(
-                    partial(self._target.content.remove_old, each.digest, lambda at: True)
-                )
 
     def _copy_uploads(self) -> None:
         from storage.bucket.sessions import Session  # only here: see above

@@ -25,7 +25,7 @@ import structlog
 from proxy.telemetry.exchange import current, needed, origin_age
 from proxy.upstream.breaker import SOON, HostState
 from proxy.upstream.client import UpstreamRegistry
-from proxy.upstream.errors import OriginAway
+from proxy.upstream.errors import MOMENT, OriginAway
 from proxy.upstream.peers import Owners
 from storage.concurrency import SingleFlight
 from storage.errors import (
@@ -48,7 +48,6 @@ FINAL = (BlobUnknown, ManifestUnknown, NameUnknown, OriginDenied)  # answers of 
 AGAIN = 60.0  # seconds within which a second request for a blob means that the first transfer failed
 REMEMBERED = 1000  # blobs
 ROUNDS = 8  # of requests to all, or of probes, at most, while one may be back in a moment
-LONGEST = 3.0  # seconds of waiting, or at the end of the pause in which these are over
 
 
 class Failover(Registry):
@@ -167,11 +166,11 @@ class Failover(Registry):
                     if pause is None and isinstance(error, OriginAway) and not rested:
                         # It has answered another request meanwhile.
                         pause = min(SOON, self._upstreams[-1].moment) or None
-                    if pause is None or rested >= LONGEST:
+                    if pause is None or rested >= MOMENT:
                         raise
             await self._rest(pause)
             rested += pause
-            pause = await self._still_lost() if rested < LONGEST else None
+            pause = await self._still_lost() if rested < MOMENT else None
         return await self._ask_all(ask, self._order(sources, start), holders)
 
     async def _still_lost(self) -> float | None:

@@ -339,7 +339,7 @@ async def test_a_token_ends(endpoint: Started, clock: Clock) -> None:
     door = await endpoint({"lifetime": "2m", "refresh": "1h"})
     found = await door.token(ALICE, f"{APP}:pull,push", query="&offline_token=true")
     assert found["expires_in"] == 120
-    assert found["issued_at"] == "2023-11-14T22:13:20+00:00"
+    assert "issued_at" not in found  # clients would compare it with clocks of their own
     clock.advance(119)
     assert (await door.push(bearer(found["token"]))).status == 201
     for _ in range(3):

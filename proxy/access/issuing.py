@@ -68,10 +68,9 @@ class _IssuedClaims(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class IssuedToken:
-    """A token, when it was issued, in seconds since the epoch, and for how many seconds it is valid."""
+    """A token, and for how many seconds it is valid."""
 
     token: str
-    issued: float
     lifetime: int
 
 
@@ -137,7 +136,7 @@ class TokenIssuer:
         )
         header = {"typ": "entrepot", "alg": ALGORITHM, "kid": key.id}
         token = serialize_compact(header, msgspec.json.encode(claims), _oct(key), [ALGORITHM])
-        return IssuedToken(token, now, lifetime)
+        return IssuedToken(token, lifetime)
 
     def renews(self, principal: Principal) -> bool:
         """Whether there are refresh tokens for it: if its credential is looked at again with each request."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import parse_qs
 
@@ -120,12 +119,12 @@ class TokenEndpoint:
         made = await self._tokens.access_token(principal, grants)
         refresh = await self._tokens.refresh_token(principal) if offline else None
         self._metrics.issued_tokens.labels(principal.scheme or "anonymous").inc()
+        # No issued_at: podman and docker would add expires_in to it, and compare that with their own clock.
         body = {
             "token": made.token,
             "access_token": made.token,
             "token_type": "Bearer",
             "expires_in": made.lifetime,
-            "issued_at": datetime.fromtimestamp(made.issued, UTC).isoformat(timespec="seconds"),
             "scope": exchange.reference,
             **({} if refresh is None else {"refresh_token": refresh.token}),
         }

@@ -6,10 +6,13 @@ import json
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 
+from proxy.admin.reports import AbsenceRow, Why
 from proxy.cache import absences
 from proxy.cache.absences import subject_of
+from proxy.cli.status import why_tables
 from proxy.telemetry.exchange import Exchange, current_exchange
 from proxy.upstream.transport import RETRIES
 from storage.errors import ManifestUnknown, Unavailable
@@ -131,11 +134,20 @@ async def test_an_origin_with_the_api_is_not_said_to_have_none(
     assert (await pull(site, referrers_of(other)))[0] == 502
 
 
-async def purge(site: Site, repository: str = "a/b") -> None:
+async def purge(site: Site, pattern: str = "docker.io/a/b") -> int:
+    """How many records of absences it drops."""
     assert site.app.admin_url is not None
-    pattern = {"pattern": f"docker.io/{repository}"}
-    async with site.session.post(site.app.admin_url / "api/v1/purge", json=pattern) as response:
+    given = {"pattern": pattern}
+    async with site.session.post(site.app.admin_url / "api/v1/purge", json=given) as response:
         assert response.status == 200
+        return int((await response.json())["absences"])
+
+
+async def why(site: Site, reference: str) -> Why:
+    assert site.app.admin_url is not None
+    where = (site.app.admin_url / "api/v1/why").with_query(ref=reference)
+    async with site.session.get(where) as response:
+        return msgspec.json.decode(await response.read(), type=Why)
 
 
 ABSENT = [
@@ -218,10 +230,52 @@ async def test_a_purge_drops_absences(serve: Serve, registry: Upstream, clock: C
     for path in ("/v2/a/tags/list", manifest_of("other"), "/v2/other/tags/list"):
         assert (await pull(site, path))[0] == 404
     await registry.stop()
-    await purge(site)
+    assert (await purge(site), await purge(site)) == (1, 0)
     clock.advance(FRESH + 1)
     assert (await pull(site, manifest_of("other")))[0] == 502
     assert (await pull(site, "/v2/a/tags/list"))[0] == 404
+    assert await purge(site, "*/a") == 1
+    assert (await pull(site, "/v2/a/tags/list"))[0] == 502
+
+
+@pytest.mark.parametrize(("denied", "code"), [(False, "MANIFEST_UNKNOWN"), (True, "DENIED")])
+async def test_an_absence_is_explained(
+    serve: Serve, registry: Upstream, clock: Clock, denied: bool, code: str
+) -> None:
+    site = await serve(registry)
+    if denied:
+        registry.next("GET", manifest_of("other"), Status(401))
+    assert (await pull(site, manifest_of("other")))[0] == 404
+    clock.advance(60)
+    found = await why(site, "a/b:other")
+    assert found.absent == AbsenceRow(code, since=clock() - 60, until=clock() - 60 + DAY)
+    assert (found.verdict, found.stored) == ("miss", False)
+    assert "upstream did not have it when it was last asked" in found.because
+    told = {row[0]: row[1] for row in why_tables(found, clock())[0].rows}
+    assert told["absent"] == f"{code} 1 min ago, which is answered while upstream cannot be asked, for 23 h"
+    assert (await why(site, "a/b:new")).absent is None
+    clock.advance(DAY)
+    assert (await why(site, "a/b:other")).absent is None
+
+
+async def test_an_absence_is_why_a_pull_is_refused(serve: Serve, registry: Upstream, clock: Clock) -> None:
+    image = registry.image("a/b", "latest")
+    site = await serve(registry)
+    for path in (TAG, manifest_of("other"), manifest_of(tag_of(image, ".sig"))):
+        await pull(site, path)
+    await registry.stop()
+    clock.advance(FRESH + 1)
+    while site.app.composition.upstreams["docker.io"].healthy:
+        await pull(site, manifest_of("new"))
+    found = await why(site, "a/b:other")
+    assert found.verdict == "refused"
+    assert found.because.startswith("upstream did not have it when it was last asked, and is paused: ")
+    assert found.absent is not None
+    # Of a stored image it is kept without limit.
+    found = await why(site, f"a/b:{tag_of(image, '.sig')}")
+    assert found.absent is not None
+    assert found.absent.until is None
+    assert (await why(site, "a/b:latest")).absent is None
 
 
 async def test_the_records_of_absences_are_bounded(

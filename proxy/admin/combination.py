@@ -265,7 +265,7 @@ def pulled(answers: Answers[list[policy_reports.PulledRow]]) -> list[policy_repo
 def purged(answers: Answers[reports.Purged]) -> reports.Purged:
     found = answers.all
     return msgspec.structs.replace(
-        summed(found, "manifests", "links", "blobs", "bytes"),
+        summed(found, "manifests", "links", "blobs", "bytes", "absences"),
         references=sorted({each for one in found for each in one.references}),
         kept=sorted({each for one in found for each in one.kept}),
     )

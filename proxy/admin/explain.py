@@ -13,7 +13,8 @@ import msgspec
 from proxy.admin.inventory import Inventory, finite_or_none
 from proxy.admin.measuring import Measured
 from proxy.admin.models import OwnerRow
-from proxy.admin.reports import HostRow, UpstreamRow, Verdict, Why
+from proxy.admin.reports import AbsenceRow, HostRow, UpstreamRow, Verdict, Why
+from proxy.cache.absences import Absences
 from proxy.config.hosts import normal_host
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.namespaces.composition import Composition
@@ -46,7 +47,10 @@ class Explainer:
         self._inventory_of = inventory_of
         self._clock = clock
 
-    def why(self, image: ImageReference, upstreams: Sequence[UpstreamState]) -> Why:
+    def why(
+        self, image: ImageReference, upstreams: Sequence[UpstreamState], absent: AbsenceRow | None
+    ) -> Why:
+        # long: each field takes a line
         config, repository, reference = self._config, image.repository, image.reference
         namespace = self._namespace(image.namespace)
         tag = reference if isinstance(reference, Tag) else None
@@ -59,7 +63,9 @@ class Explainer:
         pin = self._pins.of(repository, reference)
         offline = config.offline or namespace.offline
         hosts = host_rows([each for each in upstreams if each.namespace == image.namespace])
-        verdict, because = self._verdict(image, pointer, measured, offline, hosts)
+        stored = measured.media_type is not None
+        absent = None if stored else absent
+        verdict, because = self._verdict(image, pointer, measured, offline, hosts, absent)
         return Why(
             asked=image.text,
             namespace=image.namespace,
@@ -72,7 +78,7 @@ class Explainer:
             keep_for=finite_or_none(config.keep_for(repository)) if cached else None,
             pin=pin.pattern if pin else None,
             digest=None if digest is None or (tag is None and measured.media_type is None) else str(digest),
-            stored=measured.media_type is not None,
+            stored=stored,
             complete=measured.complete,
             validated_at=pointer.validated_at if pointer else None,
             age=self._clock() - pointer.validated_at if pointer else None,
@@ -82,6 +88,7 @@ class Explainer:
             upstreams=hosts,
             verdict=verdict,
             because=because,
+            absent=absent,
         )
 
     def _verdict(
@@ -91,6 +98,7 @@ class Explainer:
         measured: Measured,
         offline: bool,
         hosts: Sequence[HostRow],
+        absent: AbsenceRow | None,
     ) -> tuple[Verdict, str]:
         tag = image.reference if isinstance(image.reference, Tag) else None
         stored = measured.media_type is not None
@@ -111,8 +119,12 @@ class Explainer:
             if paused:
                 return "stale", f"the tag is stale, but upstream is paused: {paused}"
             return "revalidate", "the tag is stale: upstream is asked whether it has moved"
+        if absent and paused:
+            return "refused", f"upstream did not have it when it was last asked, and is paused: {paused}"
         if paused:
             return "refused", f"the image is not stored, and upstream is paused: {paused}"
+        if absent:
+            return "miss", "upstream did not have it when it was last asked: it is asked again"
         return "miss", "the image is not stored: it is fetched from upstream"
 
     def _fresh(self, namespace: str, tag: Tag, pointer: Pointer) -> bool:
@@ -152,6 +164,19 @@ class Explainer:
         found = self._config.namespace(name)
         assert found is not None
         return found
+
+
+async def absence_of(parts: Composition, image: ImageReference) -> AbsenceRow | None:
+    """What the upstream answered for an image that it did not have when it was last asked; None: unknown."""
+    namespace = parts.config.namespace(image.namespace)
+    if namespace is None or not parts.is_cache(image.namespace):
+        return None
+    for store in filter(None, (parts.store, parts.common)):
+        absences = Absences(store, namespace.absent_for, parts.clock)
+        if (found := await absences.get(image.repository, image.reference)) is not None:
+            until = None if found.until is None else finite_or_none(found.until)
+            return AbsenceRow(code=found.error.code, since=found.since, until=until)
+    return None
 
 
 async def owner_of(

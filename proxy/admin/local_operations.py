@@ -15,7 +15,7 @@ from proxy.admin import activity_reports, extension_reports, models, policy_repo
 from proxy.admin.activity import activity_of, stats_of
 from proxy.admin.audit_control import audit_rows
 from proxy.admin.eviction_control import EvictionControl
-from proxy.admin.explain import Explainer, owner_of, upstream_rows
+from proxy.admin.explain import Explainer, absence_of, owner_of, upstream_rows
 from proxy.admin.extension_list import extension_rows
 from proxy.admin.fill_feed import FillFeed
 from proxy.admin.fill_speeds import FillSpeeds, idle_rows
@@ -218,7 +218,8 @@ class LocalOperations(KeyOperations):
         image = self._reader.reference("ref", ref)
         await self._processes.record()
         states = [each for state in await self._processes.states() for each in state.upstreams]
-        found = await run_in_thread(self._explainer.why, image, states)
+        absent = await absence_of(self._composition, image)
+        found = await run_in_thread(self._explainer.why, image, states, absent)
         held = await run_in_thread(held_now, self._composition.guard.holds, image)
         owner = await owner_of(self._composition, image, states)
         policy = await run_in_thread(judged_by_name, self._composition, image)
@@ -276,6 +277,7 @@ class LocalOperations(KeyOperations):
                 links=purged.links,
                 blobs=purged.blobs,
                 bytes=purged.bytes,
+                absences=purged.absences,
             )
         return purged
 

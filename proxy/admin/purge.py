@@ -23,7 +23,7 @@ from storage.graph import Walk, named_digests
 from storage.keys import ABSENT, LINK, LISTING, MANIFEST, MOVES, REFERRER, TAG, USE
 from storage.maintenance.blob_order import forget_blob
 from storage.maintenance.pins import Pin, Pins
-from storage.names import is_glob, matches_glob, written
+from storage.names import glob_matcher, is_glob, matches_glob, written
 from storage.oci import Digest, Reference, Tag
 from storage.records import Batch, batches
 from storage.store import Store
@@ -99,10 +99,11 @@ class Purge:
                 " image; name the pinned image exactly, purge by force, or remove the pin"
             )
         links = {(plan.repository, digest) for plan in plans for digest in plan.blobs}
+        absences = self._absences(pattern)
         if not dry_run:
             for plan in plans:
                 self._delete(plan.keys)
-            self._delete(self._absences({plan.repository for plan in plans}))
+            self._delete(absences)
         blobs, size = self._sweep(links, dry_run)
         parts = self._parts(plans)
         if not dry_run:
@@ -116,6 +117,7 @@ class Purge:
             blobs=blobs,
             bytes=size,
             dry_run=dry_run,
+            absences=len(absences),
         )
 
     def _repositories(self, pattern: Pin) -> list[str]:
@@ -210,10 +212,11 @@ class Purge:
         if plan.keys and not plan.references and not plan.kept:
             plan.references = [name]  # the repository has records, but neither tags nor manifests
 
-    def _absences(self, repositories: set[str]) -> list[str]:
-        """The keys of what the origin did not have of the repositories: it is asked again."""
+    def _absences(self, pattern: Pin) -> list[str]:
+        """The keys of what origins did not have of the repositories that match: they are asked again."""
+        matches = glob_matcher(pattern.parts[0])
         found = [(key, Absence.parse(value)) for key, value in self._records.scan(ABSENT.prefix())]
-        return [key for key, absence in found if absence and absence.repository in repositories]
+        return [key for key, absence in found if absence and matches(absence.repository)]
 
     def _blobs(self, repository: str, purged: set[Digest]) -> tuple[set[Digest], set[Digest]]:
         """The blobs that the purged manifests name, and those that the other manifests name."""
@@ -266,6 +269,7 @@ def together(purges: Sequence[Purged]) -> Purged:
         blobs=sum(each.blobs for each in purges),
         bytes=sum(each.bytes for each in purges),
         dry_run=any(each.dry_run for each in purges),
+        absences=sum(each.absences for each in purges),
     )
 
 

@@ -24,7 +24,8 @@ class Purged(Model, frozen=True):
     """The result of a purge.
 
     `references` are the tags and manifests that were purged, and `kept` those that are pinned.  The counts
-    are of all that was deleted with them: `links` are records that a repository shows a blob.
+    are of all that was deleted with them: `links` are records that a repository shows a blob, and `absences`
+    records that the upstream did not have something of the repositories.
     """
 
     references: list[str]
@@ -34,6 +35,7 @@ class Purged(Model, frozen=True):
     blobs: int
     bytes: int
     dry_run: bool
+    absences: int = 0
 
 
 class KeptRow(Model, frozen=True):
@@ -222,6 +224,17 @@ class ReplicaVerdict(Model, frozen=True):
     digest: str | None
 
 
+class AbsenceRow(Model, frozen=True):
+    """What the upstream answered when it was last asked, with an error of this `code`.
+
+    The same is answered while it cannot be asked, `until` then; None: for as long as it is kept.
+    """
+
+    code: str
+    since: float
+    until: float | None
+
+
 class Why(Model, frozen=True):
     """What a pull of `reference` would do now: `verdict` is one word, `because` a sentence.
 
@@ -231,9 +244,9 @@ class Why(Model, frozen=True):
 
     `qualified` says how the namespace was found; `fresh_rule`, `keep_rule` and `pin` name the rules that
     apply.  `access` says who may pull it, None if everybody may.  `policy` is what the rules say of its
-    names.  A tag that is `held` stands for another digest than
-    its upstream gives.  In a fleet, `owner` is asked before the upstream; all is what this replica would do,
-    and `elsewhere` is what those would do that differ.
+    names.  What is not stored may be `absent` from the upstream.  A tag that is `held` stands for another
+    digest than its upstream gives.  In a fleet, `owner` is asked before the upstream; all is what this
+    replica would do, and `elsewhere` is what those would do that differ.
     """
 
     asked: str
@@ -262,6 +275,7 @@ class Why(Model, frozen=True):
     owner: OwnerRow | None = None
     elsewhere: list[ReplicaVerdict] = msgspec.field(default_factory=list)
     access: str | None = None
+    absent: AbsenceRow | None = None
 
 
 # Preparation for an outage

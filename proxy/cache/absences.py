@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
+from typing import NamedTuple
 
 from storage.errors import (
     DigestInvalid,
@@ -30,6 +31,18 @@ _CODES = {each.code: each for each in ABSENCES}
 _COMPANION = re.compile(rf"({'|'.join(ALGORITHMS)})-([0-9a-f]+)(?:\.[a-z]+)?")
 
 
+class KnownAbsence(NamedTuple):
+    """The error with which an origin said that it does not have something, and when.
+
+    While the origin cannot be asked, that is answered until `until`; None: for as long as it is kept.  Times
+    are in seconds since the epoch.
+    """
+
+    error: type[RegistryError]
+    since: float
+    until: float | None
+
+
 class Absences:
     """What an origin last said it does not have: a manifest, a tag, a list of tags, a referrers API.
 
@@ -46,16 +59,19 @@ class Absences:
         self._keep_for = keep_for
         self._clock = clock
 
-    async def get(self, repository: str, what: str) -> type[RegistryError] | None:
-        """The error with which the origin said so when it was last asked; None if it is not known."""
+    async def get(self, repository: str, what: str) -> KnownAbsence | None:
+        """What the origin said when it was last asked; None if that is not known."""
         try:
-            if await self._store.read(self._store.listings.get, repository, _key(what)) is not None:
-                return ManifestUnknown
+            kept = await self._store.read(self._store.listings.get, repository, _key(what))
+            if kept is not None:
+                return KnownAbsence(ManifestUnknown, kept.validated_at, None)
             found = await self._store.read(self._slot, repository, what)
         except StorageFailed:
             return None
-        recent = found is not None and 0 <= self._clock() - found.at < self._keep_for
-        return _CODES.get(found.code) if found is not None and recent else None
+        if found is None or not 0 <= self._clock() - found.at < self._keep_for:
+            return None
+        error = _CODES.get(found.code)
+        return KnownAbsence(error, found.at, found.at + self._keep_for) if error is not None else None
 
     async def add(self, repository: str, what: str, subject: Digest | None, error: RegistryError) -> None:
         """Keep that there is no `what`, which would refer to `subject`.  Raises StorageFailed."""

@@ -263,9 +263,9 @@ class Origin:
         """
         if current().peer:
             return None
-        if (kind := await self.absences.get(f"{self.namespace}/{repository}", what)) is not None:
+        if (known := await self.absences.get(f"{self.namespace}/{repository}", what)) is not None:
             message = f"{self.namespace} had no {what} of {repository} when it was last asked"
-            return kind(f"{message}, and cannot be asked now").copy(remembered=True)
+            return known.error(f"{message}, and cannot be asked now").copy(remembered=True)
         remembering = self.registry if isinstance(self.registry, _Remembering) else None
         return await remembering.absence(repository, what) if remembering else None
 

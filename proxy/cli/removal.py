@@ -41,7 +41,7 @@ def purge(call: CommandContext, pattern: str, dry_run: bool, yes: bool, force: b
             await _confirm(operations, pattern)
         found = await operations.purge(pattern, dry_run=dry_run, force=force)
         call.print(found, purge_tables)
-        if not found.references:
+        if not found.references and not found.absences:
             raise OperationFailed(f"nothing that is stored matches {pattern}", "NAME_UNKNOWN")
 
     call.run(work)
@@ -68,6 +68,9 @@ def purge_tables(found: reports.Purged, now: float) -> Sequence[Table]:
     for each in found.references:
         table.add(each)
     table.notes += [f"kept because it is pinned: {each}" for each in found.kept]
+    if found.absences:
+        absent = plural(found.absences, "record")
+        table.notes.append(f"{absent} that upstream did not have something{_dry_run(found.dry_run)}")
     if found.references:
         parts = (
             plural(found.manifests, "manifest"),

@@ -55,6 +55,8 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
         if found.fresh_rule is not None:
             table.add("fresh", freshness(found.fresh_until, now))
         table.add("last used", format_past(found.last_used, now))
+    if found.absent is not None:
+        table.add("absent", _absence(found.absent, now))
     if found.access is not None:
         table.add("may be pulled by", found.access)
     if found.policy is not None:
@@ -71,6 +73,12 @@ def why_tables(found: reports.Why, now: float) -> Sequence[Table]:
         at = f", at {other.digest}" if other.digest and other.digest != found.digest else ""
         table.add(f"verdict of {replica_name(other.replica)}", f"{other.verdict}: {other.because}{at}")
     return [table]
+
+
+def _absence(absent: reports.AbsenceRow, now: float) -> str:
+    until = "" if absent.until is None else f", for {format_duration(max(0.0, absent.until - now))}"
+    answered = f"which is answered while upstream cannot be asked{until}"
+    return f"{absent.code} {format_past(absent.since, now)}, {answered}"
 
 
 def _policy(policy: policy_reports.PolicyRow) -> str:

@@ -110,7 +110,8 @@ class ActsScreen:
 def _something(preview: Answer[Any]) -> Answer[Any]:
     """The preview, or a fault if there is nothing to do."""
     found = preview.found
-    if isinstance(found, Purged | Deleted) and not found.references and not found.kept:
+    absences = found.absences if isinstance(found, Purged) else 0
+    if isinstance(found, Purged | Deleted) and not (found.references or found.kept or absences):
         return Answer(None, "nothing that is stored matches", 404)
     return preview
 

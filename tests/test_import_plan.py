@@ -510,7 +510,8 @@ def described(**members: Any) -> Files:
             "has Docker's schema 1",
         ),
         (rewritten(MADE, lambda document: document["layers"][0].update(size=1)), "is listed with 1"),
-        (rewritten(MADE, lambda document: document["layers"][0].update(size=-1)), "is listed with -1"),
+        (rewritten(MADE, lambda document: document["layers"][0].update(size=-1)), "at `$.layers[0].size`"),
+        (rewritten(MADE, lambda document: document["config"].update(data="W10=")), "is other content"),
         (
             rewritten(MADE, lambda document: document["layers"].append({"digest": 1})),
             "is not a valid application/vnd.oci.image.manifest.v1+json",

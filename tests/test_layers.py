@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 STORAGE = (
     "errors concurrency names shared exports tls",
     "oci limits",
-    "conditions",
+    "conditions validation",
     "registry keys values records",
     "disk",
     "content listings bucket postgres totals writers remembered",

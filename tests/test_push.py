@@ -94,6 +94,7 @@ def image(*layers: Digest, config: Digest = Digest.of(b"{}"), **more: Any) -> by
 
 
 THING = {"mediaType": "application/vnd.example.thing", "digest": Digest.of(b"{}"), "size": 2}
+NEGATIVE = json.dumps({"manifests": [{**THING, "size": -1}]}).encode()
 
 
 def index(*children: bytes, kind: str = OCI_INDEX, **more: Any) -> bytes:
@@ -641,6 +642,8 @@ async def test_with_sparse_anything_may_lack(serve: Serve, upstream: Upstream) -
 
 
 async def test_other_types_are_kept_as_they_are(client: Client) -> None:
+    await client.blob(b"{}")
+    assert (await client.manifest("v1", NEGATIVE, "application/vnd.example.thing")).status == 201
     for content in (b"no JSON \0\xff", b"{}", b"[]"):
         answer = await client.manifest("v1", content, "application/vnd.example.thing")
         assert answer.status == 201
@@ -654,6 +657,7 @@ async def test_other_types_are_kept_as_they_are(client: Client) -> None:
         (b"no JSON", OCI_MANIFEST, 400, "MANIFEST_INVALID"),
         (b"", OCI_INDEX, 400, "MANIFEST_INVALID"),
         (b'{"manifests": 7}', OCI_INDEX, 400, "MANIFEST_INVALID"),
+        (NEGATIVE, OCI_INDEX, 400, "MANIFEST_INVALID"),
         (index(kind=OCI_INDEX), OCI_MANIFEST, 400, "MANIFEST_INVALID"),
         (index(kind=OCI_INDEX), "", 201, ""),
         (b"{}", "", 400, "MANIFEST_INVALID"),

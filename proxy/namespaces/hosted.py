@@ -56,6 +56,7 @@ from storage.registry import (
     referrers_page,
 )
 from storage.store import Store
+from storage.validation import validate
 from storage.values import Pointer
 
 ROOM = 1 << 30  # bytes that are made free for an upload of unknown size
@@ -385,6 +386,8 @@ def _checked(manifest: Manifest) -> ManifestContent | None:
         if known or _collides(manifest.content):
             raise
         return None
+    if known:
+        validate(media_type, manifest.content)
     # What has the forms of an image and of an index is read differently by different clients.
     if media_type in IMAGES and (content.listed or content.media_type == OCI_INDEX):
         raise ManifestInvalid(f"it lists manifests, as an index does, but its Content-Type is {media_type}")

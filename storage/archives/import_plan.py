@@ -23,6 +23,7 @@ from storage.keys import LINK
 from storage.names import written
 from storage.oci import (
     DOCKER_SCHEMA1,
+    MANIFESTS,
     Descriptor,
     Digest,
     ManifestContent,
@@ -31,6 +32,7 @@ from storage.oci import (
     parse_manifest,
 )
 from storage.store import Store
+from storage.validation import validate
 
 
 class RootBinding(NamedTuple):
@@ -178,16 +180,22 @@ class ImportPlanner:
         )
 
     def _parsed(self, named: Descriptor, content: bytes) -> ManifestContent:
+        """A manifest; what a bundle has is not judged, since that is what an upstream has.
+
+        Raises ArchiveInvalid.
+        """
         what = f"{self._layout.what}: {named.digest}"
         if named.media_type == DOCKER_SCHEMA1:
             raise ArchiveInvalid(f"{what} has Docker's schema 1, which is not supported")
         try:
             found = parse_manifest(content)
+            if self._layout.contents is None and named.media_type in MANIFESTS:
+                validate(named.media_type, content)
         except ManifestInvalid as error:
             raise ArchiveInvalid(f"{what} is not a valid {named.media_type}: {error}") from None
         if found.unread:
             raise ArchiveInvalid(f"{what} is a {named.media_type}: what it names cannot be read")
-        if self._layout.contents is None:  # a bundle has what an upstream has
+        if self._layout.contents is None:
             check_layers(self._layout, named.digest, found)
         if found.declared not in (None, named.media_type):
             raise ArchiveInvalid(f"{what} has the type {found.declared}, but is listed as {named.media_type}")

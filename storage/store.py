@@ -55,7 +55,7 @@ class Store(Registry):
         collected: bool = False,
     ) -> None:
         self.files = files
-        self._collected = collected
+        self.collected = collected
         self.records: Records = CountedRecords(records)
         self.listings = OriginListings(self.records, clock)
         self._clock = clock
@@ -233,7 +233,7 @@ class Store(Registry):
 
     def changed(self, batch: Batch, repository: str) -> None:
         """Count a change of tags or manifests, in the transaction that makes the change."""
-        if self._collected:
+        if self.collected:
             key = CHANGES.key(repository)
             known = batch.get(key) or b"0"
             batch.put(key, b"%d" % ((int(known) if known.isdigit() else 0) + 1))

@@ -45,6 +45,7 @@ from tests.upstream import Image, Upstream
 from tests.upstream import Manifest as Made
 
 NAME = "docker.io/library/alpine"
+HOOK = {"name": "hook", "url": "http://127.0.0.1:9/", "actions": ["move"]}
 
 
 class Place:
@@ -285,6 +286,60 @@ async def test_what_is_not_whole_does_not_go(at: Opened, stock: Stock, bundle: P
     assert [(each.reference, each.lacking) for each in done.skipped] == [
         (f"{NAME}:plain", [stock.plain.layers[0]])
     ]
+
+
+INDEX, IMAGE = "application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json"
+
+
+@pytest.mark.parametrize(
+    ("child", "whole"),
+    [({}, True), ({"size": 1}, False), ({"mediaType": INDEX}, False)],
+)
+async def test_a_child_is_what_its_index_says_or_does_not_go(
+    at: Opened, bundle: Path, child: dict[str, Any], whole: bool
+) -> None:
+    """Whoever imports it would refuse it."""
+    async with at("home") as home:
+        digest = await pushed(home, "app", "right", b"layer")
+        size = len((await home.manifest("local/app", "right")).content)
+        manifests = [{"mediaType": IMAGE, "digest": digest, "size": size} | child]
+        await pushed_manifest(home, "app", "index", INDEX, {"manifests": manifests})
+        done = await home.export(bundle, "local/app:*", skip_incomplete=True)
+    assert [each.reference for each in done.references] == ["local/app:index"] * whole + ["local/app:right"]
+    assert [(each.reference, each.lacking) for each in done.skipped] == [("local/app:index", [digest])] * (
+        not whole
+    )
+    async with at("site", offline=True) as site:
+        await site.take(bundle)
+
+
+@pytest.mark.parametrize("size", [4, 6])
+async def test_a_layer_has_the_size_that_is_listed_or_does_not_go(
+    at: Opened, bundle: Path, size: int
+) -> None:
+    """The export goes on with the others: nothing is damaged."""
+    async with at("home") as home:
+        await pushed(home, "app", "right", b"layer")
+        layer = {"mediaType": "application/x", "digest": str(Digest.of(b"layer")), "size": size}
+        await pushed_manifest(home, "app", "wrong", IMAGE, {"config": layer, "layers": [layer]})
+        done = await home.export(bundle, "local/app:*", skip_incomplete=True)
+    assert [each.reference for each in done.references] == ["local/app:right"]
+    assert [each.lacking for each in done.skipped] == [[str(Digest.of(b"layer"))]]
+
+
+async def test_the_type_of_an_image_is_what_it_says_itself(at: Opened, stock: Stock, bundle: Path) -> None:
+    """An upstream may have stated another one; an import would refuse that."""
+    async with at("home") as home:
+        await home.fetch(NAME, "plain")
+        found = await home.manifest(NAME, "plain")
+        mistyped = Manifest(INDEX, found.content, found.digest)
+        home.parts.store.records.transaction(
+            lambda batch: home.parts.store.put_manifest(batch, NAME, mistyped)
+        )
+        await home.export(bundle, "alpine:plain")
+    async with at("site", offline=True) as site:
+        await site.take(bundle)
+        await site.image(NAME, stock.plain)
 
 
 @pytest.mark.parametrize(
@@ -698,8 +753,10 @@ async def test_a_tag_of_what_was_deleted_during_the_import_is_not_set(
             return binding(*arguments)
 
         monkeypatch.setattr(importer, "_binding", deleted_before)
-        await site.take(bundle)
+        landed = await site.take(bundle)
         assert await site.parts.namespaces.tags(NAME) == ["3"]
+        assert [each.tag for each in landed.references] == ["3"]
+        assert landed.notes == [f"{NAME}:plain was not set: its manifest was deleted during the import"]
 
 
 async def test_what_comes_in_is_pinned_if_that_is_wanted(at: Opened, stock: Stock, bundle: Path) -> None:
@@ -818,6 +875,58 @@ async def test_nothing_that_came_in_is_collected(at: Opened, clock: Clock, tmp_p
         assert await site.blob("local/team/app", str(Digest.of(b"newer"))) == b"newer"
 
 
+async def test_what_came_in_counts_as_pushed_then(at: Opened, clock: Clock, bundle: Path) -> None:
+    """A rule keeps what was just imported, and of several tags those that were pushed last."""
+    async with at("home") as home:
+        for tag in ("1", "9", "10"):
+            await pushed(home, "app", tag, f"layer {tag}".encode())
+            clock.advance(1)
+        await home.export(bundle, "local/app:*")
+    clock.advance(90 * 86400)
+    top = {"namespaces": {"local": {"store": {"keep_tags": [{"last": 2, "pushed_within": "10d"}]}}}}
+    async with at("site", offline=True, top=top) as site:
+        await site.take(bundle)
+        clock.advance(20 * 86400)
+        assert site.parts.maintenance.collection is not None
+        await asyncio.to_thread(site.parts.maintenance.collection.run)
+        assert await site.parts.namespaces.tags("local/app") == ["10", "9"]
+        clock.advance(1)
+        await site.take(bundle)
+        assert site.parts.private is not None
+        pointers = [site.parts.private.pointer("local/app", Tag(tag)) for tag in ("1", "9", "10")]
+        times = [each.validated_at for each in pointers if each is not None]
+        assert times == sorted(set(times))
+        assert times[-1] == clock()
+
+
+async def test_what_moved_before_a_tag_was_refused_is_told(
+    at: Opened, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It became immutable during the import."""
+    async with at("home") as home:
+        old = await pushed(home, "a", "1", b"old")
+        new = await pushed(home, "a", "1", b"new")
+        await pushed(home, "b", "v1", b"layer")
+        await home.export(bundle, "local/*")
+    async with at("site", offline=True, top={"webhooks": [HOOK]}) as site:
+        await pushed(site, "a", "1", b"old")
+        publish = importer.Importer._publish
+        another = image_of(b"another")
+
+        def published(each: importer.Importer) -> None:
+            assert site.parts.private is not None
+            site.parts.private._push("local/b", another, [Tag("v1")], None)
+            publish(each)
+
+        monkeypatch.setattr(importer.Importer, "_publish", published)
+        with pytest.raises(Denied, match="tag v1 of local/b is immutable"):
+            await site.take(bundle)
+        assert (await site.manifest("local/a", "1")).digest == new
+        assert site.parts.queue is not None
+        told = [each.event for each in site.parts.queue.read("hook", "", 9)]
+        assert [(each.action, each.former, each.digest) for each in told if each] == [("move", old, new)]
+
+
 async def test_immutable_tags_stay(at: Opened, bundle: Path) -> None:
     async with at("home") as home:
         await pushed(home, "team/app", "v1", b"layer")
@@ -852,14 +961,26 @@ async def pushed(place: Place, repository: str, tag: str, layer: bytes) -> Diges
         upload = await registry.start_upload(name)
         await upload.write(content)
         await upload.commit(Digest.of(content))
+    manifest = image_of(layer)
+    await registry.push_manifest(name, Tag(tag), manifest)
+    return manifest.digest
+
+
+def image_of(layer: bytes) -> Manifest:
     described = [
         {"mediaType": "application/x", "digest": str(Digest.of(each)), "size": len(each)}
         for each in (b"{}", layer)
     ]
-    document = {"schemaVersion": 2, "config": described[0], "layers": described[1:]}
-    manifest = Manifest.of("application/vnd.oci.image.manifest.v1+json", json.dumps(document).encode())
-    await registry.push_manifest(name, Tag(tag), manifest)
-    return manifest.digest
+    document = {"mediaType": IMAGE, "config": described[0], "layers": described[1:]}
+    return Manifest.of(IMAGE, json.dumps(document).encode())
+
+
+async def pushed_manifest(
+    place: Place, repository: str, tag: str, media_type: str, members: dict[str, Any]
+) -> None:
+    document = {"schemaVersion": 2, "mediaType": media_type, **members}
+    manifest = Manifest.of(media_type, json.dumps(document).encode())
+    await place.parts.namespaces.push_manifest(f"local/{repository}", Tag(tag), manifest)
 
 
 # Signatures

@@ -191,8 +191,8 @@ def _lacking(incomplete: dict[str, set[Digest]]) -> str:
     more = f" and {len(digests) - SHOWN} more" if digests[SHOWN:] else ""
     others = f"; {len(names) - 1} more images are incomplete" if names[1:] else ""
     return (
-        f"{names[0]} is incomplete: {', '.join(digests[:SHOWN])}{more} not stored{others}; fetch it (entrepot"
-        " refresh), choose platforms that are stored, or give --skip-incomplete"
+        f"{names[0]} is incomplete: {', '.join(digests[:SHOWN])}{more} not stored as it is listed{others};"
+        " fetch it (entrepot refresh), choose platforms that are stored, or give --skip-incomplete"
     )
 
 

@@ -96,11 +96,12 @@ class BundleImport:
     ) -> BundleImported:
         layout, importer = await run_in_thread(self._planned, archive, options)
         whole = await run_in_thread(importer.required)
-        moved: list[ImportedTag] = []
         if not options.dry_run:
-            moved = await importer.run(lambda imported: tick(imported, whole))
-            await self._settle(moved, options)
-        return _imported(layout, importer, moved, options, whole if options.dry_run else importer.bytes)
+            try:
+                await importer.run(lambda imported: tick(imported, whole))
+            finally:
+                await self._settle(importer.moved, options)
+        return _imported(layout, importer, options, whole if options.dry_run else importer.bytes)
 
     def _planned(self, archive: Archive, options: ImportOptions) -> tuple[Layout, Importer]:
         layout = read_layout(
@@ -231,13 +232,15 @@ def _check(archive: Archive, key: Path | None, content: bytes | None, signature:
         raise ArchiveInvalid(f"{archive.what}: the signature is not by {key}, or the content was changed")
 
 
-def _imported(
-    layout: Layout, importer: Importer, moved: Sequence[ImportedTag], options: ImportOptions, imported: int
-) -> BundleImported:
-    before = {(each.target.repository, each.tag): each.before for each in moved}
+def _imported(layout: Layout, importer: Importer, options: ImportOptions, imported: int) -> BundleImported:
+    before = {(each.target.repository, each.tag): each.before for each in importer.moved}
     rows = []
     for planned in importer.repositories:
         for tag, (digest, _) in planned.tags.items():
+            if not options.dry_run and (planned.target.repository, tag) not in before:
+                text = written(planned.target.repository, tag)
+                layout.notes.append(f"{text} was not set: its manifest was deleted during the import")
+                continue
             known = before.get((planned.target.repository, tag))
             rows.append(
                 BoundRow(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from storage.archives import bundle
@@ -59,12 +59,13 @@ class ContentSource(NamedTuple):
 class ExportTree:
     """A manifest with the stored content that it needs, and what is `missing` to make it complete.
 
-    `config` is that of an image, which is no index.
+    `declared` is the media type that it has in its text, `config` that of an image, which is no index.
     """
 
     content: dict[Digest, ContentSource] = field(default_factory=dict)
     manifests: dict[Digest, Descriptor] = field(default_factory=dict)
     platforms: list[str] = field(default_factory=list)
+    declared: str | None = None
     config: Descriptor | None = None
     left_out: set[Digest] = field(default_factory=set)
     missing: set[Digest] = field(default_factory=set)
@@ -80,6 +81,7 @@ class ExportTree:
 class ExportTreeReader:
     """Reads the trees of manifests of a repository.  Each manifest is read once, however often it is named.
 
+    Content of another size or type than the manifest says that names it counts as missing: clients refuse it.
     Unlike a Walk it decides bottom-up: an index is complete without a child that is not.
     """
 
@@ -104,6 +106,9 @@ class ExportTreeReader:
             manifests={digest: manifest.descriptor},
         )
         content = contents(manifest.content)
+        if content is not None and content.declared is not None:  # an upstream may have stated another type
+            tree.manifests[digest] = replace(manifest.descriptor, media_type=content.declared)
+            tree.declared = content.declared
         if depth > DEPTH_LIMIT or content is None or content.unread:
             tree.missing.add(digest)  # what it names cannot be read
             return tree
@@ -116,7 +121,8 @@ class ExportTreeReader:
 
     def _add_blobs(self, tree: ExportTree, content: ManifestContent) -> None:
         for each in content.blobs:
-            if self._store.linked(self._repository, each.digest) is not None:
+            stored = self._store.linked(self._repository, each.digest)
+            if stored is not None and stored.size == each.size:
                 tree.content[each.digest] = ContentSource(self._store, each.size, None)
             elif each.distributable:
                 tree.missing.add(each.digest)
@@ -133,7 +139,7 @@ class ExportTreeReader:
                     tree.left_out.add(child.digest)
                     continue
                 optional = True
-            below = self.tree(child.digest, depth + 1)
+            below = self._child(child, depth)
             if below.missing and optional:
                 tree.left_out.add(child.digest)
                 continue
@@ -143,6 +149,15 @@ class ExportTreeReader:
             found = found or platform != NO_PLATFORM
         if not found:  # an index alone cannot be pulled
             tree.missing |= wanted or tree.left_out
+
+    def _child(self, child: Descriptor, depth: int) -> ExportTree:
+        """The tree of a child; one that is not what the index says that it is counts as missing."""
+        tree = self.tree(child.digest, depth + 1)
+        if (found := tree.manifests.get(child.digest)) is not None and (
+            found.size != child.size or tree.declared not in (None, child.media_type)
+        ):
+            return ExportTree(missing={child.digest})
+        return tree
 
 
 class ExportPlanner:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from storage.archives.importer import Importer, ImportTarget, RepositoryImport, manifest_of, renew_if_stored
@@ -33,6 +33,8 @@ from storage.oci import (
 )
 from storage.store import Store
 from storage.validation import validate
+
+STEP = 1e-6  # seconds between two tags of an archive
 
 
 class RootBinding(NamedTuple):
@@ -79,6 +81,8 @@ class ImportPlanner:
             raise ArchiveInvalid(f"{self._layout.what} contains no images")
         self._check_missing()
         for planned in self._imports.values():
+            if planned.target.store.collected:
+                planned.tags = _pushed(planned.tags, self._clock())
             for tag, (digest, _) in planned.tags.items():
                 planned.target.allowed(planned.target.store.records, tag, digest)
         return Importer(self._layout, list(self._imports.values()))
@@ -268,6 +272,15 @@ class ImportPlanner:
             return ""
         made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(found.base[-1].created))
         return f": it is based on the bundle of {made} UTC, import that one first"
+
+
+def _pushed(tags: Mapping[Tag, tuple[Digest, float]], now: float) -> dict[Tag, tuple[Digest, float]]:
+    """The tags as if they were pushed just now, one after the other in the order of their times.
+
+    In a private store the time of a tag is that of its push, by which rules remove it.
+    """
+    ordered = sorted(tags.items(), key=lambda each: each[1][1], reverse=True)
+    return {tag: (digest, now - number * STEP) for number, (tag, (digest, _)) in enumerate(ordered)}
 
 
 def _linked(store: Store, namespace: str) -> Iterator[Digest]:

@@ -79,6 +79,7 @@ class Importer:
         self.repositories = repositories
         self.bytes = 0  # imported so far
         self.blobs = 0  # imported so far
+        self.moved: list[ImportedTag] = []  # the tags that were set
 
     def required(self) -> int:
         """How many bytes are to be imported.  Blocks.  Raises StorageFailed if the disk is too full."""
@@ -101,13 +102,16 @@ class Importer:
                     found |= planned.blobs
             yield store, found
 
-    async def run(self, tick: Tick = lambda done: None) -> list[ImportedTag]:
-        """Import it; the tags that were set.  Raises ArchiveInvalid, StorageFailed; then no tag was moved."""
+    async def run(self, tick: Tick = lambda done: None) -> None:
+        """Import it.  Raises ArchiveInvalid and StorageFailed before tags are set, unless the records fail.
+
+        If a tag has become immutable meanwhile, the error of `allowed` may come after some were set.
+        """
         for store, blobs in self._blobs():
             for digest in sorted(blobs, key=self._layout.position):
                 if not renew_if_stored(store, digest, blobs[digest]):
                     await self._import_blob(store, digest, blobs[digest], tick)
-        return await run_in_thread(self._publish)
+        await run_in_thread(self._publish)
 
     async def _import_blob(self, store: Store, digest: Digest, size: int, tick: Tick) -> None:
         upload = await self._started(store, digest)
@@ -160,7 +164,7 @@ class Importer:
             await upload.suspend(error)  # the next import resumes it
             raise
 
-    def _publish(self) -> list[ImportedTag]:
+    def _publish(self) -> None:
         for planned in self.repositories:
             repository, store = planned.target.repository, planned.target.store
             for links in batches(planned.blobs.items()):
@@ -168,11 +172,9 @@ class Importer:
             for manifests in batches(planned.manifests.values()):
                 found = [self._read(planned, each) for each in manifests]
                 store.records.transaction(_storing(store, repository, found))
-        moved = []
         for planned in self.repositories:
             for tags in batches(planned.tags.items()):
-                moved += planned.target.store.records.transaction(_binding(planned.target, tags))
-        return moved
+                self.moved += planned.target.store.records.transaction(_binding(planned.target, tags))
 
     def _read(self, planned: RepositoryImport, named: Descriptor) -> Manifest:
         content = manifest_of(self._layout, planned.target, named)

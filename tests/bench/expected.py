@@ -31,11 +31,12 @@ Key = tuple[str, str, str]  # blob, manifest or tag; the repository; the digest 
 
 
 class Made(NamedTuple):
-    """What a manifest names."""
+    """What a manifest names, and its size; 1, which is wrong, of what is imported."""
 
     blobs: Sequence[str] = ()
     children: Sequence[str] = ()
     subject: str | None = None
+    size: int = 1
 
 
 class Failures:

@@ -83,7 +83,8 @@ class ImageWrites:
     def _index(self) -> Manifest:
         known = [*self.expected.images]
         named = self._random.sample(known, min(len(known), self._random.choice((1, 2))))
-        children = [{"mediaType": OCI_MANIFEST, "digest": each, "size": 1} for each in named]
+        sizes = {each: self.expected.images[each].size for each in named}
+        children = [{"mediaType": OCI_MANIFEST, "digest": each, "size": sizes[each]} for each in named]
         return self._made(OCI_INDEX, Made((), named), manifests=children)
 
     def _made(self, media_type: str, made: Made, **more: object) -> Manifest:
@@ -92,7 +93,7 @@ class ImageWrites:
             made = made._replace(subject=self._random.choice([*self.expected.images]))
             tree["subject"] = {"mediaType": OCI_MANIFEST, "digest": made.subject, "size": 1}
         manifest = Manifest.of(media_type, json.dumps(tree).encode())
-        self.expected.images[str(manifest.digest)] = made
+        self.expected.images[str(manifest.digest)] = made._replace(size=len(manifest.content))
         return manifest
 
     async def pull_image(self, server: Server, repository: str) -> None:

@@ -22,7 +22,7 @@ from storage.errors import (
     StorageFailed,
     Unavailable,
 )
-from storage.keys import LEFTOVER, MANIFEST, OBJECT, UPLOAD
+from storage.keys import LEFTOVER, LINK, MANIFEST, OBJECT, UPLOAD
 from storage.maintenance.collection import Collection
 from storage.maintenance.leases import Leases
 from storage.maintenance.retention import RetentionRules
@@ -235,11 +235,25 @@ class Rounds(ImageWrites):
             for server in self._servers:
                 await step(server, "")
         self.expected.wrong += [f"left: {each}" for each in self._left()]
+        self.expected.wrong += [
+            f"unreferenced: {each}" for each in self._unreferenced(self._servers[0].store)
+        ]
         for server in self._servers:
             if plain(totals(server.store)) != plain(counts(server.store)):
                 self.expected.wrong.append("the totals are wrong")
         for server in self._servers:
             await server.store.close()
+
+    def _unreferenced(self, store: Store) -> Iterator[str]:
+        """Links that no manifest of their repository needs, and blobs that no link names."""
+        named: dict[str, set[str]] = {}
+        for key in store.records.keys(MANIFEST.prefix()):
+            repository, digest = MANIFEST.parse(key)
+            named.setdefault(repository, set()).update(self.expected.images[digest].blobs)
+        linked = [LINK.parse(key) for key in store.records.keys(LINK.prefix())]
+        yield from (f"{digest} in {name}" for name, digest in linked if digest not in named.get(name, ()))
+        stored = {str(each.digest) for portion in store.files.portions() for each in portion}
+        yield from stored - {digest for _, digest in linked}
 
     def _left(self) -> Iterator[str]:
         for server in self._servers:

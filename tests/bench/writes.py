@@ -18,6 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from random import Random
 import click
 import structlog
 
+from tests.bench.bundle_rounds import BUNDLES, BundleRounds
 from tests.bench.clients import BenchError
 from tests.bench.moving_rounds import MOVING, MovingRounds
 from tests.bench.rounds import Rounds
@@ -47,7 +49,7 @@ def postgres() -> Iterator[Callable[[], str]]:
 
 async def sample(kind: str, seed: int, rounds: int, database: str = "") -> Rounds:
     with tempfile.TemporaryDirectory(prefix="entrepot-bench-") as place:
-        made = MovingRounds if kind in MOVING else Rounds
+        made = MovingRounds if kind in MOVING else BundleRounds if kind in BUNDLES else Rounds
         run = made(kind, Path(place), Random(seed), database)
         for _ in range(rounds):
             await run.round()
@@ -70,7 +72,7 @@ def main(rounds: int, seeds: int, seed: int, only: str | None) -> None:
         "|---|--:|--:|--:|--:|--:|"
     )
     wrong = 0
-    for kind in ("files", "bucket", "two servers", "PostgreSQL", *MOVING):
+    for kind in ("files", "bucket", "two servers", "PostgreSQL", *MOVING, *BUNDLES):
         if only is not None and only not in kind:
             continue
         begun, runs = time.process_time(), []
@@ -84,6 +86,7 @@ def main(rounds: int, seeds: int, seed: int, only: str | None) -> None:
             sum(each.failures.number for each in runs),
             sum(len(each.expected.wrong) for each in runs),
         )
+        print(sum((each.done for each in runs), Counter[str]()), file=sys.stderr)
         operations, seconds = sum(each.done.total() for each in runs), time.process_time() - begun
         print(
             f"| {kind} | {operations:,} | {failures:,} | {collected:,} | {found} | {seconds:.0f} |",

@@ -207,7 +207,7 @@ def test_default_namespace() -> None:
             "disk: {collect_grace: 59m}",
             "disk.collect_grace: must be 1h or more, so that no push in progress is collected",
         ),
-        ("disk: {collect_every: 0s}", "disk.collect_every: must be more than 0"),
+        ("disk: {collect_every: 0s}", "disk.collect_every: must be more than 0, or off"),
         (
             "namespaces: {x: {store: {keep_tags: [{match: 'ci-*', last: 0}]}}}",
             "namespaces.x.store.keep_tags[0].last: expected a number from 1 to 1000000",

@@ -405,7 +405,7 @@ async def test_an_issuer_that_cannot_be_asked(issuer: Issuer, verifier: Verifier
         ("jwks_url: 'http://a.example/k'", "keys that are fetched from http://a.example/k may be anybody's"),
         ("audience: []", "audience: is empty"),
         ("jwks_file: /k, ca_file: /c", "ca_file does not go with jwks_file"),
-        ("keep_keys: 0", "keep_keys: must be more than 0"),
+        ("keep_keys: 0", "keep_keys: must be more than 0, or never"),
         ("groups: {ops: {}}", "groups.ops: expected claims"),
     ],
 )

@@ -21,6 +21,7 @@ from proxy.config.quantities import (
 from tests.configuring import (
     at,
     fault,
+    namespace,
     read,
 )
 
@@ -100,7 +101,7 @@ def test_sizes_may_leave_out_the_byte(text: str, size: int) -> None:
     assert read(f"disk: {{cache_limit: {text}}}").disk.cache_limit == size
 
 
-@pytest.mark.parametrize("text", ["500", "500i", "500 iB", "5  G", "G", "0 G", "1.5G", "500GG", "5 Gbit"])
+@pytest.mark.parametrize("text", ["500", "500i", "500 iB", "5  G", "G", "1.5G", "500GG", "5 Gbit"])
 def test_sizes_refused(text: str) -> None:
     assert fault(f"disk: {{cache_limit: {text}}}").startswith("disk.cache_limit: expected a size")
 
@@ -109,6 +110,36 @@ def test_zero_is_a_duration_but_no_timeout() -> None:
     assert read("drain: 0").drain == 0
     assert read("drain: 0s").drain == 0
     assert fault(at("header_timeout: 0")) == "namespaces.x.upstream.header_timeout: must be more than 0"
+
+
+UNITLESS, DURATIONS, SIZES, PERCENT = ["0", "'0'"], ["0s", "'0 min'", "0h0m"], ["0B", "'0 GiB'", "0k"], ["0%"]
+STRANGE = ["-0s", "0.5", "'00'", "' 0'", "''", "true"]
+NEEDED = "must be more than 0"
+
+
+@pytest.mark.parametrize(
+    ("key", "taken", "refused", "says"),
+    [
+        ("drain: @", UNITLESS + DURATIONS, SIZES + PERCENT + STRANGE, "expected a duration"),
+        (namespace("fresh_for: @"), UNITLESS + DURATIONS, SIZES + PERCENT + STRANGE, "expected a duration"),
+        (at("connect_timeout: @"), [], UNITLESS + DURATIONS, NEEDED),
+        ("disk: {collect_grace: @}", [], UNITLESS + DURATIONS, "must be 1h or more"),
+        ("disk: {keep_for: @}", [], UNITLESS + DURATIONS, f"{NEEDED}, or never"),
+        ("disk: {collect_every: @}", [], UNITLESS + DURATIONS, f"{NEEDED}, or off"),
+        ("disk: {cache_limit: @}", [], UNITLESS + SIZES, NEEDED),
+        ("disk: {scrub: @}", [], UNITLESS + SIZES, f"{NEEDED}, or off"),
+        ("limits: {hit_memory: @}", [], UNITLESS + SIZES, f"{NEEDED}, or off"),
+        ("disk: {min_free: @}", UNITLESS + SIZES + PERCENT, DURATIONS + STRANGE, "expected a size"),
+        ("disk: {evict_to: @}", [], UNITLESS + PERCENT + SIZES, "expected a percentage from 1%"),
+        (at("reserve: @"), UNITLESS + PERCENT, SIZES + STRANGE[:2], "expected a number of requests"),
+    ],
+)
+def test_zeros(key: str, taken: list[str], refused: list[str], says: str) -> None:
+    """Of every kind of quantity: quoted and not, with a unit and without."""
+    none = [read(key.replace("@", each)) for each in taken]
+    assert none[1:] == none[:-1]
+    for each in refused:
+        assert says in fault(key.replace("@", each))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ _TEXT = Notation(text())
 _OFF = {"enum": ["off", False]}
 _SPAN = text(f"(?=.){_DURATION}")
 _BYTES = text(_SIZE)
-_ZERO = {"const": 0}
+_ZERO = {"enum": [0, "0"]}
 _SECRET = Notation(text(writeOnly=True))
 _TEXTS = {"type": "array", "items": text(), "minItems": 1}
 _CLAIM = {"type": ["string", "integer", "boolean"]}

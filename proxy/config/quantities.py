@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MIN_GRACE = 3600.0  # seconds
 MAX_RETRY_AFTER = 86400.0  # seconds; a longer Retry-After is cut to this
@@ -56,12 +59,17 @@ class Share:
         return self.size or whole * self.percent // 100
 
 
+def _is_zero(value: object) -> bool:
+    """Whether it is 0 without a unit: as a number, or as text, which a variable always gives."""
+    return value == "0" or (isinstance(value, int) and not isinstance(value, bool) and value == 0)
+
+
 # Durations
 
 
 def parse_duration(value: object) -> float:
-    """Seconds, from `500ms`, `10s`, `10 min`, `1h30m` or `2w`; larger units come first."""
-    if isinstance(value, int) and not isinstance(value, bool) and value == 0:
+    """Seconds, from `500ms`, `10s`, `10 min`, `1h30m` or `2w`; larger units come first.  0 needs no unit."""
+    if _is_zero(value):
         return 0.0
     text = value if isinstance(value, str) and value == value.strip() else ""
     found = _DURATION.fullmatch(text) if text else None
@@ -88,12 +96,20 @@ def parse_freshness(value: object) -> float:
 
 def parse_keep(value: object) -> float:
     """Seconds, more than 0; infinity for `never`."""
-    return math.inf if value == "never" else parse_timeout(value)
+    return math.inf if value == "never" else _or("never", parse_timeout, value)
 
 
 def parse_every(value: object) -> float | None:
     """Seconds, more than 0; None for `off`, which YAML reads as false."""
-    return None if value is False or value == "off" else parse_timeout(value)
+    return None if value is False or value == "off" else _or("off", parse_timeout, value)
+
+
+def _or(word: str, parse: Callable[[object], T], value: object) -> T:
+    """The value, where `word` may stand in its place: an error says so."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or {word}") from None
 
 
 def parse_grace(value: object) -> float:
@@ -143,9 +159,19 @@ def _date(text: str) -> float | None:
 
 
 def parse_size(value: object) -> int:
-    """Bytes, from `512KiB`, `100 MB` or `500G`.  KiB and Ki are 1024, KB and K are 1000, and so on."""
+    """Bytes, from `512KiB`, `100 MB` or `500G`; more than 0."""
+    size = _size(value)
+    if not size:
+        raise ValueError("must be more than 0")
+    return size
+
+
+def _size(value: object) -> int:
+    """KiB and Ki are 1024, KB and K are 1000, and so on.  0 needs no unit."""
+    if _is_zero(value):
+        return 0
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if not found or not int(found[1]):
+    if not found:
         raise ValueError(
             "expected a size: a number and its unit, one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"
         )
@@ -155,13 +181,11 @@ def parse_size(value: object) -> int:
 
 def parse_share(value: object) -> Share:
     """A size, or a percentage below 100; 0 for nothing."""
-    if value == 0 and not isinstance(value, bool):
-        return Share()
     found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     if found and int(found[1]) < 100:
         return Share(percent=int(found[1]))
     try:
-        return Share(size=parse_size(value))
+        return Share(size=_size(value))
     except ValueError:
         raise ValueError("expected a size such as 10GiB, or a percentage below 100% of the disk") from None
 
@@ -176,12 +200,12 @@ def parse_percentage(value: object) -> float:
 
 def parse_rate(value: object) -> int | None:
     """Bytes per second, from a size; None for `off`, which YAML reads as false."""
-    return None if value is False or value == "off" else parse_size(value)
+    return None if value is False or value == "off" else _or("off", parse_size, value)
 
 
 def parse_memory(value: object) -> int:
     """Bytes, from a size; 0 for `off`, which YAML reads as false."""
-    return 0 if value is False or value == "off" else parse_size(value)
+    return 0 if value is False or value == "off" else _or("off", parse_size, value)
 
 
 def parse_reserve(value: object) -> Reserve:

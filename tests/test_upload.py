@@ -292,7 +292,7 @@ async def test_a_token_that_lapses_meanwhile(push: Push, registry: Upstream) -> 
     await sent(client, b"content")
     registry.next("PATCH", "upload", ExpireToken())
     upload = await client.start_upload("a")
-    with pytest.raises(OriginDenied):
+    with pytest.raises(OriginFailed):
         await upload.write(LARGE)
         await upload.commit(Digest.of(LARGE))
     await upload.cancel()

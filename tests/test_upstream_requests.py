@@ -75,6 +75,20 @@ async def test_a_token_that_has_expired_is_fetched_afresh(ask: Ask, upstream: Up
     assert [request.kind for request in upstream.requests].count("token") == 2
 
 
+async def test_a_token_that_is_forgotten_at_once_is_a_failure_and_no_refusal(
+    serve: Serve, upstream: Upstream
+) -> None:
+    """It says nothing of the image: clients must not take it for absent."""
+    image = upstream.image("a/b", "latest", [BODY])
+    upstream.auth = Bearer()
+    site = await serve(upstream)
+    assert (await site.get(f"/v2/a/b/blobs/{image.config}"))[0] == 200  # there is a token
+    upstream.next("GET", "latest", ExpireToken(), times=2)
+    status, _, body = await site.get("/v2/a/b/manifests/latest")
+    assert (status, b"does not accept the token" in body) == (502, True)
+    assert (await site.get("/v2/a/b/manifests/latest"))[0] == 200
+
+
 async def test_ten_layers_at_once_are_one_token(ask: Ask, upstream: Upstream) -> None:
     image = upstream.image("a/b", "latest", [bytes([number]) * 1000 for number in range(10)])
     upstream.auth = Bearer()

@@ -17,6 +17,7 @@ from yarl import URL
 
 from proxy.config.quantities import seconds_until
 from proxy.connections.failures import explain
+from proxy.upstream.challenges import parse_challenges
 from storage.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -103,6 +104,8 @@ def error_from_response(
         message += f": {_printable(errors[0])}"
     if status == 400 and response.url.scheme == "http" and not errors:
         message += ": if it serves https, write https:// in its URL"  # nginx and Go answer so
+    if status == 401 and _forgotten(response):
+        return OriginFailed(f"{message}: it does not accept the token that was issued for it")
     if status in (401, 403):
         if status == 403 and not errors:
             message += ": it does not accept these credentials"
@@ -121,6 +124,18 @@ def error_from_response(
     seconds = seconds_until(response.headers, time.time)
     away = status in DOWN and (seconds or 0.0) <= MOMENT
     return (OriginAway if away else OriginFailed)(message, retry_after=seconds)
+
+
+def _forgotten(response: aiohttp.ClientResponse) -> bool:
+    """Whether a token is refused whatever it is for: it says nothing of what was asked for.
+
+    RFC 6750, section 3.1.  What a token does not allow is `insufficient_scope`, also with Distribution's 401.
+    """
+    sent = response.request_info.headers.get("Authorization", "")
+    challenges = parse_challenges(response.headers.getall("WWW-Authenticate", ()))
+    return sent.startswith("Bearer ") and any(
+        each.scheme == "bearer" and each.parameters.get("error") == "invalid_token" for each in challenges
+    )
 
 
 def _push_error(message: str, status: int, kind: str, errors: list[_UpstreamError]) -> RegistryError:

@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,6 +28,7 @@ from storage.disk.uploads import BACKLOG, CHUNK, FileBlob, FileUpload
 from storage.errors import BlobUnknown, DigestInvalid, OriginFailed, StorageFailed, Unavailable
 from storage.oci import OCTETS, Descriptor, Digest
 from tests.conftest import Clock
+from tests.preloaded import PROGRAM
 
 CONTENT = b"the content of a blob"
 DIGEST = Digest.of(CONTENT)
@@ -353,7 +353,7 @@ HALF = CONTENT[:10]
 def another_process(files: BlobFiles) -> Iterator[subprocess.Popen[str]]:
     """One that has written HALF of DIGEST, and waits to be told "commit" or "cancel"."""
     with subprocess.Popen(
-        [sys.executable, "-c", _OTHER, str(files.root), DIGEST, HALF.decode(), CONTENT[10:].decode()],
+        [*PROGRAM, _OTHER, str(files.root), DIGEST, HALF.decode(), CONTENT[10:].decode()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from storage.archives.exporter import named
 from storage.oci import Digest, Tag
 from tests.archives import REF_NAME, image, layout, tar
 from tests.conftest import configuration
+from tests.preloaded import PROGRAM
 
 pytestmark = pytest.mark.clients
 
@@ -88,7 +88,7 @@ class Ground:
 
     async def killed(self, step: str, *words: str | Path) -> None:
         """Run the command up to that step."""
-        command = [sys.executable, "-c", COMMAND, step, *map(str, words), "--config", str(self.config)]
+        command = [*PROGRAM, COMMAND, step, *map(str, words), "--config", str(self.config)]
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         self.processes.append(process)
         assert process.stdout is not None

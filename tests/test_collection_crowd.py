@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +26,7 @@ from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.records import Batch
 from tests.collecting import APP, DAY, GONE, GRACE, Place, descriptor, place
 from tests.conftest import Clock
+from tests.preloaded import PROGRAM
 
 __all__ = ["place"]  # the fixture
 
@@ -329,7 +329,7 @@ store.records.close()
 async def start(root: Path, grace: float, *role: str) -> asyncio.subprocess.Process:
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", PROCESS, str(root), str(grace), *role), stdin=pipe, stdout=pipe
+        *(*PROGRAM, PROCESS, str(root), str(grace), *role), stdin=pipe, stdout=pipe
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from storage.errors import BlobUnknown, BlobUploadUnknown, DigestInvalid
 from storage.oci import Digest
 from storage.registry import NOTHING, Blob
 from tests.conftest import Clock
+from tests.preloaded import PROGRAM
 
 CONTENT = b"what a blob holds"
 DIGEST = Digest.of(CONTENT)
@@ -386,7 +386,7 @@ asyncio.run(main())
 
 def killed(arguments: list[str]) -> list[str]:
     """Run a program until it says something, and kill it then; the words that it says."""
-    with subprocess.Popen([sys.executable, "-c", *arguments], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.readline().split()
         process.kill()

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import yaml
 from storage.oci import Digest
 from tests.conftest import OPEN, Serve, Site
 from tests.events import Ear
+from tests.preloaded import PROGRAM
 from tests.upstream import Hold, Upstream
 
 pytestmark = pytest.mark.clients
@@ -114,7 +114,7 @@ class Ground:
         }
         path.write_text(yaml.safe_dump(tree))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVER, str(path), step, stdout=asyncio.subprocess.PIPE
+            *PROGRAM, SERVER, str(path), step, stdout=asyncio.subprocess.PIPE
         )
         assert process.stdout is not None
         port = int(await asyncio.wait_for(process.stdout.readline(), 30))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +19,7 @@ from storage.disk.records import SQLiteRecords
 from storage.errors import StorageFailed
 from storage.oci import Digest
 from tests.conftest import Serve
+from tests.preloaded import PROGRAM
 from tests.processes import Place, place
 from tests.test_disk import FULL, disk, leave, mount, read_only, ready, said, unmount  # noqa: F401  a fixture
 from tests.upstream import Upstream
@@ -213,7 +213,7 @@ def test_a_read_only_database_shows_what_another_process_writes(tmp_path: Path, 
     with closing(SQLiteRecords(directory)) as records:
         for number in range(200):
             records.put(f"tag {number}", b"old")
-    command = [sys.executable, "-c", WRITER, str(directory)]
+    command = [*PROGRAM, WRITER, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdin is not None and writer.stdout is not None
 

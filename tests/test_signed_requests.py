@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
@@ -34,6 +33,7 @@ from storage.keys import LEFTOVER
 from storage.oci import Digest
 from tests.conftest import Clock
 from tests.objects import FakeBucket, answer
+from tests.preloaded import PROGRAM
 from tests.seaweed import Seaweed
 
 DAY = 86400.0
@@ -364,7 +364,7 @@ async def test_parts_of_a_writer_that_was_killed_are_removed_after_a_day(
     reached, settings = asyncio.Event(), seaweed.settings("tests", tmp_path.name)
     async with relay(seaweed.endpoint, b"partNumber=3", reached) as endpoint:
         given = json.dumps(asdict(replace(settings, endpoint=endpoint)))
-        writer = await asyncio.create_subprocess_exec(sys.executable, "-c", WRITER, str(tmp_path), given)
+        writer = await asyncio.create_subprocess_exec(*PROGRAM, WRITER, str(tmp_path), given)
         await reached.wait()
         writer.kill()
         await writer.wait()

@@ -6,7 +6,6 @@ import json
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -31,6 +30,7 @@ from storage.totals import Total, Totals
 from storage.values import BlobUse
 from tests.conftest import Clock
 from tests.counted import assert_counted, counts, plain, totals
+from tests.preloaded import PROGRAM
 
 A, B = "docker.io/library/a", "docker.io/library/b"
 DIGEST = Digest.of(b"content")
@@ -354,7 +354,7 @@ async def test_a_death_between_a_file_and_its_record_is_made_up_for(
         clock.advance(1)
         await put(store, b"%d" % number, A, B)
     root = str(store.files.root)
-    ended = subprocess.run([sys.executable, "-c", DOOMED, root, step], check=False)  # noqa: ASYNC221
+    ended = subprocess.run([*PROGRAM, DOOMED, root, step], check=False)  # noqa: ASYNC221
     assert ended.returncode == -signal.SIGKILL
     files = sum(each.stat().st_size for each in store.files.root.glob("blobs/*/*/*"))
     assert files == (17 if step == "before the link" else 5)

@@ -12,7 +12,7 @@ from multidict import CIMultiDict
 
 from proxy.config.quantities import MAX_RETRY_AFTER, seconds_until
 from proxy.server.fork import Parent
-from proxy.upstream.breaker import FAILURES, LAST, Breaker
+from proxy.upstream.breaker import FAILURES, LAST, Breaker, Outlook
 from proxy.upstream.ratelimit import DEFAULT_BLOCK, LONGEST_BLOCK, Budget, Budgets
 from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState, SharedTable
@@ -118,7 +118,7 @@ def test_a_host_that_may_be_back_in_a_moment_is_asked_sooner(clock: Clock) -> No
     assert breaker.pause is None
     while True:
         with breaker.call() as call:
-            call.failed(CUT, final=True, brief=True)
+            call.failed(CUT, Outlook.SOON, final=True)
         if (pause := breaker.pause) is None:
             break
         assert breaker.state("", "").seconds == pause
@@ -134,10 +134,10 @@ def test_it_is_known_to_be_down_until_it_has_answered(clock: Clock) -> None:
     breaker = Breaker(clock, moment=3.0)
     for _ in range(2):
         with breaker.call() as call:
-            call.failed(CUT, final=True, brief=True)
+            call.failed(CUT, Outlook.SOON, final=True)
         clock.advance(3)
         with breaker.call() as call:
-            call.failed(CUT, final=True, brief=True)
+            call.failed(CUT, Outlook.SOON, final=True)
         assert breaker.pause is None
         clock.advance(LAST)
         with breaker.call() as call:
@@ -148,9 +148,9 @@ def test_it_is_known_to_be_down_until_it_has_answered(clock: Clock) -> None:
 @pytest.mark.parametrize("error", [CUT, SLOW])
 def test_other_failures_are_not_over_in_a_moment(clock: Clock, error: RegistryError) -> None:
     breaker = Breaker(clock, moment=3.0)
-    for brief, awaited in ((True, True), (False, False), (True, False)):
+    for outlook, awaited in ((Outlook.SOON, True), (Outlook.LATER, False), (Outlook.SOON, False)):
         with suppress(RegistryError), breaker.call() as call:
-            call.failed(error, final=True, brief=brief)
+            call.failed(error, outlook, final=True)
         assert (breaker.pause is not None) == awaited
         clock.advance(1)
 
@@ -159,13 +159,13 @@ def test_before_it_opens_it_may_be_back_as_well(clock: Clock) -> None:
     breaker = Breaker(clock, moment=3.0)
     for _ in range(FAILURES - 1):
         with breaker.call() as call:
-            call.failed(CUT, brief=True)
+            call.failed(CUT, Outlook.SOON)
         assert breaker.closed
         assert breaker.pause == 0.25
     clock.advance(3)
     assert breaker.pause is None
     with breaker.call() as call:
-        call.failed(CUT, brief=True)
+        call.failed(CUT, Outlook.SOON)
     assert (breaker.closed, breaker.pause) == (False, 0.25), "a failure long ago was of another outage"
 
 
@@ -173,7 +173,7 @@ def test_what_fails_alone_waits_for_the_end_and_holds_up_nothing_else(clock: Clo
     breaker, pauses = Breaker(clock, moment=3.0), []
     for _ in range(FAILURES):
         with breaker.call() as call:
-            call.failed(CUT, brief=True, alone=True)
+            call.failed(CUT, Outlook.ALONE)
         pauses.append(breaker.pause)
     assert pauses == [3.0, 3.0, 0.25], "it is open then, and the next request is a probe"
 
@@ -181,7 +181,7 @@ def test_what_fails_alone_waits_for_the_end_and_holds_up_nothing_else(clock: Clo
 def test_a_host_is_left_alone_for_as_long_as_it_asks(clock: Clock) -> None:
     breaker = Breaker(clock, moment=3.0)
     with breaker.call() as call:
-        call.failed(OriginFailed("busy", retry_after=2.0), brief=True)
+        call.failed(OriginFailed("busy", retry_after=2.0), Outlook.SOON)
     assert breaker.pause == 2.0
     with breaker.call() as call:
         call.failed(OriginFailed("busy", retry_after=20.0))
@@ -191,7 +191,7 @@ def test_a_host_is_left_alone_for_as_long_as_it_asks(clock: Clock) -> None:
 def test_while_a_probe_is_under_way_the_pause_is_not_nothing(clock: Clock) -> None:
     breaker = Breaker(clock, moment=3.0)
     with breaker.call() as call:
-        call.failed(CUT, final=True, brief=True)
+        call.failed(CUT, Outlook.SOON, final=True)
     clock.advance(0.25)
     assert breaker.pause == 0
     with breaker.call() as probe:
@@ -206,12 +206,12 @@ def test_a_host_of_which_another_replica_has_told_may_be_back_too(
 ) -> None:
     told, breaker = Breaker(clock, moment=3.0), Breaker(clock, moment=3.0)
     with told.call() as call:
-        call.failed(error, final=True, brief=error is CUT)
+        call.failed(error, Outlook.SOON if error is CUT else Outlook.LATER, final=True)
     opened = told.opened()
     assert opened is not None
     breaker.learn(opened)
     with breaker.call() as probe:
-        probe.failed(error, final=True, brief=error is CUT)
+        probe.failed(error, Outlook.SOON if error is CUT else Outlook.LATER, final=True)
     assert breaker.pause == pause
 
 
@@ -219,11 +219,11 @@ def test_a_host_of_which_another_replica_has_told_may_be_back_too(
 def test_a_clock_that_jumps_makes_nobody_wait(clock: Clock, jump: float) -> None:
     breaker = Breaker(clock, moment=3.0)
     with breaker.call() as call:
-        call.failed(CUT, final=True, brief=True)
+        call.failed(CUT, Outlook.SOON, final=True)
     clock.advance(jump)
     assert breaker.pause == 0
     with breaker.call() as call:
-        call.failed(CUT, final=True, brief=True)
+        call.failed(CUT, Outlook.SOON, final=True)
     assert breaker.state("", "").seconds <= LAST
 
 
@@ -323,7 +323,7 @@ def test_processes_share_that_the_host_has_answered(clock: Clock) -> None:
 async def test_a_probe_of_a_process_that_is_killed_is_none(clock: Clock) -> None:
     async with forking() as forks:
         breaker = Breaker(clock, shared=forks.shared, name="a")
-        breaker.failed(SLOW, 0, final=True)
+        breaker.failed(SLOW, Outlook.LATER, 0, final=True, sent=math.inf)
         clock.advance(1)
 
         async def probe(parent: Parent) -> int:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import msgspec
 
@@ -22,6 +23,21 @@ FIRST, LAST = 1.0, 30.0  # seconds that a breaker stays open: the first time, an
 SOON = 0.25  # seconds that it stays open at least while a failure may be over in a moment
 HEARSAY = 60.0  # seconds after which an opening elsewhere is no news any more
 NOTED = 1.0  # seconds after an answer in which another one is not recorded
+
+
+class Outlook(Enum):
+    """What a failure says of when its host answers again.
+
+    LATER: not in a moment
+    SOON: it may be over in a moment, as when the host restarts
+    ALONE: so it may, and the host has answered other requests since this one failed before
+    UNKNOWN: nothing; the host has answered others for longer than it takes to restart
+    """
+
+    LATER = auto()
+    SOON = auto()
+    ALONE = auto()
+    UNKNOWN = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +210,11 @@ class Breaker:
     def failed(
         self,
         error: RegistryError,
+        outlook: Outlook,
         opening: int,
         *,
         final: bool,
-        brief: bool | None = False,
-        alone: bool = False,
-        sent: float = math.inf,
+        sent: float,
     ) -> None:
         """Record a failure; a `final` one is as any if the host has answered since the request was `sent`."""
         now = self._clock()
@@ -210,14 +225,12 @@ class Breaker:
                 return
             circuit.failures += 1
             was_open = circuit.error is not None
-            if brief is False:
-                circuit.lost = -math.inf
-            elif brief and not (was_open or time_left(circuit.lost, self._moment, now)):
-                circuit.lost = now
             opens = was_open or (final and sent >= circuit.answered) or circuit.failures >= FAILURES
-            # What fails alone is asked for once more, at the end; others need not wait for it.
-            if brief is not None:
-                circuit.told = self._moment if alone and not opens else (error.retry_after or 0.0)
+            if outlook is not Outlook.UNKNOWN:
+                self._foresee(circuit, outlook, now)
+                # What fails alone is asked for once more, at the end; others need not wait for it.
+                alone = outlook is Outlook.ALONE and not opens
+                circuit.told = self._moment if alone else (error.retry_after or 0.0)
             if opens:
                 circuit.error, circuit.timeout = str(error)[:LONGEST], isinstance(error, OriginTimeout)
                 if time_left(circuit.lost, self._moment, now):
@@ -230,6 +243,13 @@ class Breaker:
             self._table.put(self._key, circuit)
         if opens and not was_open:
             self._changed(error)
+
+    def _foresee(self, circuit: _Circuit, outlook: Outlook, now: float) -> None:
+        """Note since when the host has failed in a way that may be over in a moment, if it has."""
+        if outlook is Outlook.LATER:
+            circuit.lost = -math.inf
+        elif circuit.error is None and not time_left(circuit.lost, self._moment, now):
+            circuit.lost = now
 
     def opened(self) -> Opening | None:
         """What to tell other servers, None while it is closed; not what they have told."""
@@ -270,13 +290,6 @@ class Attempt:
     def succeeded(self) -> None:
         self._breaker.succeeded()
 
-    def failed(
-        self, error: RegistryError, *, final: bool = False, brief: bool | None = False, alone: bool = False
-    ) -> None:
-        """Record a failure.
-
-        final: it alone proves that others would fail too, unless some were answered since
-        brief: it may be over in a moment, as when the host restarts; None: it says nothing of that
-        alone: the host has answered other requests since this one failed before
-        """
-        self._breaker.failed(error, self._opening, final=final, brief=brief, alone=alone, sent=self._sent)
+    def failed(self, error: RegistryError, outlook: Outlook = Outlook.LATER, *, final: bool = False) -> None:
+        """Record a failure; a `final` one proves alone that others would fail, unless some were answered."""
+        self._breaker.failed(error, outlook, self._opening, final=final, sent=self._sent)

@@ -30,7 +30,7 @@ from proxy.config.quantities import seconds_until
 from proxy.connections.trust import Certificate, certificate_shown
 from proxy.telemetry.tracing import step
 from proxy.upstream.body import StreamedBody
-from proxy.upstream.breaker import Breaker
+from proxy.upstream.breaker import Breaker, Outlook
 from proxy.upstream.connect import Connect, open_session
 from proxy.upstream.errors import DOWN, Interrupted, error_from_failure, is_brief, is_final
 from proxy.upstream.failing_urls import FailingURLs
@@ -170,10 +170,7 @@ class Transport:
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         breaker = self.breaker(url)
         await breaker.probed()
-        failing = self._failing.get(method, url)  # alone, if its host answers other requests meanwhile
-        alone = failing is not None and breaker.answered_after(failing.last)
-        lasts = alone and failing is not None and self._clock() - failing.first >= self.moment > 0
-        away = None if lasts else True  # what a failure says that may be over in a moment
+        outlook = self._failing.outlook(method, url, breaker.answered_after, self.moment)
         with breaker.call() as attempt:
             try:
                 async with self._bounded(method, body):
@@ -182,14 +179,14 @@ class Transport:
                 failure = self.failed(error, url)
                 if brief := is_brief(error):
                     self._failing.note(method, url, True)
-                attempt.failed(failure, final=is_final(error), brief=brief and away, alone=alone)
+                attempt.failed(failure, outlook if brief else Outlook.LATER, final=is_final(error))
                 raise failure from error
             except UnicodeError:  # a redirect or a challenge named it
                 raise OriginFailed(f"{self._name} names the host {url.raw_host}, which is none") from None
             if response.status in DOWN:
                 wait = seconds_until(response.headers, time.time) or 0.0
                 failure = OriginFailed(f"{self._name} answered {response.status}", retry_after=wait)
-                attempt.failed(failure, brief=wait <= self.moment and away, alone=alone)
+                attempt.failed(failure, outlook if wait <= self.moment else Outlook.LATER)
             else:
                 attempt.succeeded()
             return response, content
@@ -228,7 +225,7 @@ class Transport:
             try:
                 response = await self._once(method, url, headers, body, timeout, attempt)
                 fails = response.status in _PASSING
-                late = "Retry-After" in response.headers or self._failing.get(method, url) is not None
+                late = "Retry-After" in response.headers or self._failing.has(method, url)
                 if not fails or late or attempt == retries:
                     self._failing.note(method, url, fails)
                     return response, b"" if limit is None else await self._body(response, limit)

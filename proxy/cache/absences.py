@@ -81,11 +81,12 @@ class Absences:
             value = Absence(self._clock(), error.code, repository, what).encode()
             await self._store.run(self._store.records.put, _slot_key(repository, what), value)
 
-    async def discard(self, repository: str, what: str) -> None:
+    async def discard(self, repository: str, what: str, subject: Digest | None) -> None:
         """The origin has it.  A record that cannot be removed stays until its time is over."""
         with suppress(StorageFailed):
-            if await self._store.read(self._store.listings.get, repository, _key(what)) is not None:
-                await self._store.listings.delete(repository, _key(what))
+            listings, key = self._store.listings, _key(what)
+            if subject is not None and await self._store.read(listings.get, repository, key) is not None:
+                await listings.delete(repository, key)
             if await self._store.read(self._slot, repository, what) is not None:
                 await self._store.run(self._store.records.delete, _slot_key(repository, what))
 

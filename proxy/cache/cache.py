@@ -184,9 +184,7 @@ class Cache(Registry):
         try:
             manifest = await self._manifest(repository, reference)
         except Unavailable as error:
-            if (absence := await self._origin.absence(repository, reference)) is not None:
-                raise absence from error
-            raise
+            await self._origin.fail(error, repository, reference)
         await self._completeness.check(repository, manifest, current().agent)
         return manifest
 

@@ -60,9 +60,7 @@ class Listings:
             try:
                 answered = await self._get(key, lambda: self._ask_tags(repository, name), read)
             except Unavailable as error:
-                if (absence := await self._origin.absence(repository, TAGS)) is not None:
-                    raise absence from error
-                raise
+                await self._origin.fail(error, repository, TAGS)
         start = bisect_right(answered.value, last) if last else 0
         return answered.with_value(answered.value[start : None if limit is None else start + limit])
 
@@ -73,7 +71,7 @@ class Listings:
         except (NameUnknown, OriginDenied) as error:
             await self._origin.keep(absences.add(name, TAGS, None, error))
             raise
-        await absences.discard(name, TAGS)
+        await absences.discard(name, TAGS, None)
         return found
 
     async def referrers(
@@ -94,7 +92,7 @@ class Listings:
             except ManifestUnknown as error:
                 await self._origin.keep(absences.add(name, REFERRERS_API, digest, error))
                 raise
-            await absences.discard(name, REFERRERS_API)
+            await absences.discard(name, REFERRERS_API, digest)
             return ListedReferrers.of(found)
 
         try:
@@ -104,9 +102,7 @@ class Listings:
             return answered.with_value(referrers_page([answered.value.after(last)], artifact_type, limit))
         except Unavailable as error:
             if (fallback := await self._fallback(name, digest, last)) is None:
-                if (absence := await self._origin.absence(repository, REFERRERS_API)) is not None:
-                    raise absence from error
-                raise
+                await self._origin.fail(error, repository, REFERRERS_API)
             found = referrers_page([fallback.value], artifact_type, limit)
             return fallback.with_value(found)._replace(detail=error.code)
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from proxy.cache.absences import ABSENCES, Absences, subject_of
 from proxy.cache.drill import Drill
@@ -234,7 +234,7 @@ class Origin:
             self.failed(error)
             raise
         self.served()
-        await self.absences.discard(name, reference)
+        await self.absences.discard(name, reference, subject_of(reference))
         await self.keep(self._store.push_manifest(name, reference, manifest))
         if isinstance(reference, Tag) and (age := origin_age.get()):
             await self.keep(self._store.point(name, reference, manifest.digest, age))
@@ -268,6 +268,12 @@ class Origin:
             return known.error(f"{message}, and cannot be asked now").copy(remembered=True)
         remembering = self.registry if isinstance(self.registry, _Remembering) else None
         return await remembering.absence(repository, what) if remembering else None
+
+    async def fail(self, error: Unavailable, repository: str, what: str) -> NoReturn:
+        """Raise its absence(), or if nothing is known of that, the error with which it could not be asked."""
+        if (absence := await self.absence(repository, what)) is not None:
+            raise absence from error
+        raise error
 
     async def keep(self, writing: Awaitable[object]) -> None:
         """Await a write to the store; one that fails does not fail the pull."""

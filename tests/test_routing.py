@@ -105,6 +105,16 @@ STRICT = Namespaces(MEMBERS)
         ("hub/v2/library/alpine", {}, "docker.io/library/alpine"),
         ("docker.io/v2", {}, "docker.io/library/v2"),
         ("edge/v2/app", {}, "edge/v2/app"),
+        # the first component behind v2, as kaniko has to write it
+        ("v2/ghcr.io/user/app", {}, "ghcr.io/user/app"),
+        ("v2/docker.io/library/alpine", {}, "docker.io/library/alpine"),
+        ("v2/docker.io/alpine", {"host": "hub.mirror.test"}, "docker.io/library/alpine"),
+        ("v2/ghcr.io/app", {"host": "[::1]:5000"}, "ghcr.io/app"),
+        ("v2/ghcr.io", {}, "docker.io/v2/ghcr.io"),
+        ("v2/edge/app", {}, "docker.io/v2/edge/app"),
+        ("v2/ghcr.io/app", {"ns": "ghcr.io"}, "ghcr.io/v2/ghcr.io/app"),
+        ("v2/ghcr.io/app", {"host": "ghcr.io"}, "ghcr.io/v2/ghcr.io/app"),
+        ("v2/ghcr.io/app", {"prefix": "ghcr.io"}, "ghcr.io/app"),
         # the prefix
         ("app", {"prefix": "ghcr.io"}, "ghcr.io/app"),
         ("app", {"prefix": "edge"}, "edge/app"),

@@ -223,13 +223,15 @@ def test_buildkit() -> None:
 
 
 def test_kaniko() -> None:
-    (piece,) = made("kaniko", PLAIN).pieces
-    assert piece.content.splitlines() == [
-        "--registry-map=index.docker.io=cache.example:5000/docker.io",  # as kaniko calls Docker Hub
-        "--registry-map=ghcr.io=cache.example:5000/ghcr.io",
-        "--registry-map=registry.example:5000=cache.example:5000/registry.example:5000",
+    setup = made("kaniko", PLAIN)
+    assert setup.pieces[0].content.splitlines() == [
+        "--registry-map=index.docker.io=cache.example:5000/v2/docker.io",  # as kaniko calls Docker Hub
+        "--registry-map=ghcr.io=cache.example:5000/v2/ghcr.io",
         "--insecure-registry=cache.example:5000",
     ]
+    assert "registry.example:5000: kaniko takes no path with a colon" in notes(setup)
+    (piece,) = made("kaniko", PLAIN, aliases={"registry.example:5000": "own"}).pieces
+    assert piece.content.splitlines()[2] == "--registry-map=registry.example:5000=cache.example:5000/own"
     (piece,) = made("kaniko", SECURE, bypass=False).pieces
     assert piece.content.splitlines()[-2:] == [
         "--registry-certificate=cache.example=/kaniko/entrepot.crt",

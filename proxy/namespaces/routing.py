@@ -122,7 +122,7 @@ class Namespaces(Registry):
         1. `ns`, from the query (containerd);
         2. `host`, the Host header, if it is a namespace's name;
         3. the first component of `name`, if it is a namespace's name and more follows;
-           beside a prefix only if it is also a host;
+           beside a prefix only if it is also a host; v2/, which kaniko needs before a host, is ignored;
         4. `host`, if it is one of a namespace's `hosts`;
         5. `prefix`, the component before /v2 in the path;
         6. the default namespace.
@@ -148,6 +148,8 @@ class Namespaces(Registry):
             member = hosted
         elif named and (not prefix or is_host(first)):
             return _full(named, _without_v2(named, rest))
+        elif first == "v2" and self._hosts_named and "/" in rest and is_host(rest.split("/")[0]):
+            return self._qualify(rest, None, host, prefix)
         elif hosted:
             member = hosted
         elif prefix:
@@ -368,9 +370,7 @@ def _claim(table: dict[str, Member], key: str, member: Member) -> None:
 
 def _without_v2(member: MemberSettings, repository: str) -> str:
     # In a namespace named by a plain word, most likely a private one, v2/ is as good a name as any.
-    if repository.startswith("v2/") and is_host(member.name):
-        return repository[3:]
-    return repository
+    return repository.removeprefix("v2/") if is_host(member.name) else repository
 
 
 def _full(member: MemberSettings, repository: str) -> str:

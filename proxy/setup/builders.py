@@ -1,7 +1,7 @@
 """Configuration of image builders: BuildKit, kaniko and Jib.
 
 None has a setting for all registries at once.  BuildKit and kaniko put a mirror's path after /v2, Jib before
-it.
+it.  Kaniko takes a path that begins with a host for the registry itself, and asks that: so it begins with v2.
 """
 
 from __future__ import annotations
@@ -39,10 +39,17 @@ def buildkit(site: Site) -> Setup:
 
 
 def kaniko(site: Site) -> Setup:
-    flags = [f"--registry-map={_called(each)}={site.host}/{each}" for each in site.namespaces]
+    paths = {each: site.aliases.get(each) or f"v2/{each}" for each in site.namespaces}
+    flags = [
+        f"--registry-map={_called(each)}={site.host}/{path}"
+        for each, path in paths.items()
+        if ":" not in path
+    ]
     notes = [
         "paths in --registry-map need kaniko 1.23; KANIKO_REGISTRY_MAP takes the same maps, separated by ;"
     ]
+    if unnamed := ", ".join(each for each, path in paths.items() if ":" in path):
+        notes.append(f"{unnamed}: kaniko takes no path with a colon; give the namespace an alias")
     if site.plain:
         flags += [f"--insecure-registry={each}" for each in site.hosts]
     elif site.ca:

@@ -10,11 +10,13 @@ import pytest
 from proxy.cache.drill import DrillOrder
 from tests.conftest import Serve, Site
 from tests.outages import FRESH, OTHER, TAG, blob_of, warm
-from tests.upstream import Hold, Image, Upstream
+from tests.upstream import OCI_INDEX, OCI_MANIFEST, Hold, Image, Upstream
+from tests.upstream.content import describe
 
 PODMAN = "containers/5.36.2 (github.com/containers/image)"
 OTHERS = ["skopeo/1.22.0-dev", "Buildah/1.41", "libpod/5.6.0", "cri-o/1.34.0", "CRI-O/1.34.0"]
 NOWHERE = "sha256:" + 64 * "0"
+BUILDKIT = "buildkit/v0.34"
 DOCKER = "docker/29.1.0 go/go1.25 containers/5"
 
 
@@ -64,6 +66,32 @@ async def test_nothing_is_refused_while_upstream_serves(serve: Serve, upstream: 
     site, image = await warm(serve, upstream)
     assert await ask(site) == (200, image.content)
     assert await ask(site, f"/v2/a/b/manifests/{image.digest}") == (200, image.content)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+async def test_a_build_cache_without_its_layers_is_refused(
+    serve: Serve, upstream: Upstream, indexed: bool
+) -> None:
+    """BuildKit goes on without it, and ends a build that wants a layer of it."""
+    config = describe("application/vnd.buildkit.cacheconfig.v0", upstream.blob("a/b", b"{}"), 2)
+    layer = describe("application/vnd.oci.image.layer.v1.tar", upstream.blob("a/b", b"a layer"), 7)
+    parts = {"manifests": [layer, config]} if indexed else {"config": config, "layers": [layer]}
+    kind = OCI_INDEX if indexed else OCI_MANIFEST
+    upstream.manifest("a/b", {"schemaVersion": 2, "mediaType": kind, **parts}, tag="latest")
+    site = await serve(upstream)
+    for path in (TAG, TAG, blob_of(config["digest"])):
+        assert (await ask(site, path, BUILDKIT))[0] == 200
+    site.clock.advance(FRESH + 1)
+    await upstream.stop()
+    for _ in range(2):
+        assert (await ask(site, agent=BUILDKIT))[0] == 503
+    await upstream.start()
+    site.clock.advance(60)
+    for path in (TAG, blob_of(layer["digest"])):
+        assert (await ask(site, path, BUILDKIT))[0] == 200
+    site.clock.advance(FRESH + 1)
+    await upstream.stop()
+    assert (await ask(site, agent=BUILDKIT))[0] == 200, "all of it is stored"
 
 
 @pytest.mark.parametrize(("setting", "podman", "docker"), [("always", 503, 503), ("never", 200, 200)])

@@ -213,16 +213,16 @@ class Cache(Registry):
             return await self._origin.fetch_manifest(repository, digest)
 
     def hold_manifest(self, repository: str, reference: Reference) -> Held | None:
-        if self._completeness.refuses(current().agent):
-            return None
         if isinstance(reference, Tag):
-            return self._tags.hold(repository, reference)
-        name = f"{self._namespace}/{repository}"
-        return held_manifest(
-            self._store,
-            lambda: self._store.manifest(name, reference),
-            lambda stored_at: Validity("hit", self._clock() - stored_at),
-        )
+            held = self._tags.hold(repository, reference)
+        else:
+            name = f"{self._namespace}/{repository}"
+            held = held_manifest(
+                self._store,
+                lambda: self._store.manifest(name, reference),
+                lambda stored_at: Validity("hit", self._clock() - stored_at),
+            )
+        return None if self._completeness.refuses(current().agent, held.content or b"") else held
 
     async def revalidate(self, repository: str, tag: Tag) -> tuple[str, Manifest, Digest | None]:
         return await self._tags.revalidate(repository, tag)

@@ -2,7 +2,8 @@
 
 Clients of the containers project (podman, buildah, skopeo, CRI-O) choose a mirror by the first manifest, and
 take all blobs from there.  If one cannot come, the pull fails, although the next mirror may have it.  So they
-have to be refused at the manifest.
+have to be refused at the manifest.  BuildKit builds without a cache whose manifest it cannot have, but ends a
+build that wants a blob of one, which it asks for only then.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from storage.store import Store
 
 # Each of these programs replaces the library's own name, containers, by its own.
 _CONTAINERS = re.compile(r"(?:containers|skopeo|buildah|libpod|podman|cri-o)/", re.IGNORECASE)
+_BUILD_CACHE = b'"application/vnd.buildkit.cacheconfig.'  # in a manifest, or an index of older versions
 
 
 class Completeness:
-    """Refuses incomplete images of a cache to clients that would not ask another mirror for their blobs."""
+    """Refuses incomplete images to clients that would not ask another mirror for their blobs."""
 
     def __init__(self, refusing: str, origin: Origin, store: Store, fills: Fills) -> None:
         self._refusing = refusing
@@ -36,7 +38,7 @@ class Completeness:
 
         `agent` is the client's User-Agent, None if no client is to be served.
         """
-        if not self.refuses(agent):
+        if not self.refuses(agent, manifest.content):
             return
         name = f"{self._origin.namespace}/{repository}"
         try:
@@ -51,11 +53,11 @@ class Completeness:
                 f"{missing} of {name} is not stored, and {self._origin.namespace} cannot be asked for it"
             )
 
-    def refuses(self, agent: str | None) -> bool:
-        """Whether check() looks for what is missing, for this client."""
+    def refuses(self, agent: str | None, content: bytes) -> bool:
+        """Whether check() looks for what is missing of the manifest, for this client."""
         if agent is None or self._refusing == "never":
             return False
-        return self._refusing == "always" or _CONTAINERS.match(agent) is not None
+        return self._refusing == "always" or bool(_CONTAINERS.match(agent)) or _BUILD_CACHE in content
 
     def _here(self, name: str, digest: Digest) -> bool:
         # A fill for another repository does not help: the origin would have to permit this one.

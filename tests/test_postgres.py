@@ -51,6 +51,27 @@ def end_connections(url: str) -> None:
     ask(url, f"SELECT pg_terminate_backend(pid, 5000) {others}")
 
 
+# Poolers
+
+POOLERS = {"transaction": "1", "session": "pg_catalog.pg_backend_pid() + 1000000"}
+
+
+@pytest.mark.errors("records.failed")
+@pytest.mark.parametrize("pools", POOLERS)
+def test_a_pooler_of_transactions_is_refused(postgres_server: PostgresServer, url: str, pools: str) -> None:
+    """Behind a pooler, the number of a session is not the one that it was told when it connected."""
+    name = url.rpartition("search_path%3D")[2]
+    ask(url, f"CREATE FUNCTION pg_backend_pid() RETURNS int LANGUAGE sql AS 'SELECT {POOLERS[pools]}'")
+    pooled = postgres_server.url({"options": f"-csearch_path={name},pg_catalog"})
+    with closing(PostgresRecords(pooled)) as records:
+        if pools == "session":
+            records.put("tag a b", b"1")
+            assert records.get("tag a b") == b"1"
+        else:
+            with pytest.raises(StorageUnavailable, match="pool_mode = session"):
+                records.put("tag a b", b"1")
+
+
 # The schema
 
 

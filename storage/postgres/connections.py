@@ -11,7 +11,7 @@ import select
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self, TypeAlias, TypeVar
 
 import psycopg
@@ -44,6 +44,7 @@ SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalive
 SET default_transaction_isolation = 'read committed';
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
+_LOOKS = 10  # at the sessions behind a pooler, while others use it too
 _PART = "SELECT set_config('search_path', quote_ident(current_schema() || %s), false)"
 
 T = TypeVar("T")
@@ -122,6 +123,7 @@ class Connections:
         self._lock = threading.Lock()
         self._idle: list[DatabaseConnection] = []
         self._failure: str | None = None  # of the last attempt to connect
+        self._checked = False  # whether sessions are our own
         self._trying = threading.Lock()  # held by the thread that tries again
         self._closed = False
         self._ended = threading.Event()
@@ -177,6 +179,8 @@ class Connections:
             connection = self._kinds[patient].connect(self._parameters, autocommit=True)
             try:
                 connection.execute(_SESSION)
+                if not self._checked:
+                    self._check_sessions(connection)
                 if self._part:
                     connection.execute(_PART, (self._part,))
             except BaseException:
@@ -187,6 +191,25 @@ class Connections:
             raise
         self._failure = None
         return connection
+
+    def _check_sessions(self, connection: DatabaseConnection) -> None:
+        """Raise psycopg.OperationalError if a pooler gives the session to others between transactions.
+
+        What is prepared, set and locked in a session would be theirs: a statement might be one of others.
+        """
+        backend, shared = _backend(connection), False
+        if backend != connection.info.backend_pid:  # a pooler answers with a number of its own
+            with (
+                suppress(psycopg.Error),
+                self._kinds[False].connect(self._parameters, autocommit=True) as other,
+            ):
+                for _ in range(_LOOKS):  # a pooler gives to each the session that was used last
+                    shared = shared or _backend(other) == backend or _backend(connection) != backend
+            if shared:
+                raise psycopg.OperationalError(
+                    "a pooler gives its sessions to others between transactions: it needs pool_mode = session"
+                )
+        self._checked = True
 
     def close(self) -> None:
         """Refuse further use; after ENDING seconds, end what is in use then."""
@@ -199,6 +222,12 @@ class Connections:
             for each in self._idle:
                 each.close()
             self._idle.clear()
+
+
+def _backend(connection: DatabaseConnection) -> int:
+    """The process of the server that has executed this."""
+    (number,) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone() or (0,)
+    return int(number)
 
 
 def _has_news(connection: DatabaseConnection) -> bool:

@@ -22,9 +22,11 @@ from storage.errors import ArchiveInvalid, Denied, Incomplete, ManifestUnknown, 
 from storage.store import Store
 from tests.bench.expected import Key
 from tests.bench.image_writes import TAGS, Server
+from tests.bench.moving_rounds import MovingRounds
 from tests.bench.rounds import Operation, Rounds
 
 BUNDLES = ("bundles, files", "bundles, bucket", "bundles, two servers", "bundles, PostgreSQL")
+MOVING_BUNDLES = ("bundles, moved, two servers",)
 SHARE = 0.5  # of the rounds, in which bundles are written or read
 LAST = 6  # bundles that may be imported
 
@@ -162,6 +164,10 @@ class BundleRounds(Rounds):
             self.expected.wrong.append(f"{bundle.path} cannot be imported: {error!r}")
         finally:
             await store.close()
+
+
+class MovingBundleRounds(BundleRounds, MovingRounds):
+    """Rounds in which the registry is moved, too."""
 
 
 async def _nothing(*arguments: object) -> None:

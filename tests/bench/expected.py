@@ -24,7 +24,13 @@ from tests.conftest import Clock
 GRACE = 86400.0  # seconds
 PAUSED = 0.2  # the share of what waits for a moment
 IMMUTABLE = re.compile("v.*")
-RULES = RetentionRules(2 * GRACE, (KeepTags((re.compile("[a-z]"),), last=1),), (IMMUTABLE,))
+_LETTERS = (re.compile("[a-z]"),)
+_KEPT = (
+    KeepTags(_LETTERS, last=1),
+    KeepTags(_LETTERS, pulled_within=3 * GRACE),
+    KeepTags(_LETTERS, last=1, pushed_within=3 * GRACE),
+)
+RULES = (None, *(RetentionRules(2 * GRACE, (each,), (IMMUTABLE,)) for each in _KEPT))
 ANY = Conditions(none_match=frozenset("*"))  # of a push that is to make what is not there
 
 Key = tuple[str, str, str]  # blob, manifest or tag; the repository; the digest or the name
@@ -101,13 +107,14 @@ class FailingBucket(Bucket):
 class Expected:
     """What may be there, by what was acknowledged; with `rules`, collections remove images, too."""
 
-    def __init__(self, clock: Clock, rules: bool) -> None:
+    def __init__(self, clock: Clock, rules: RetentionRules | None) -> None:
         self.held: dict[Key, str | None] = {}  # what was read last
         self.images: dict[str, Made] = {}
         self.wrong: list[str] = []
         self.rules = rules
         self._clock = clock
         self._used: dict[Key, float] = {}
+        self._pulled: dict[Key, float] = {}  # tags
         self._begun: dict[Key, float] = {}  # when somebody began to push it last
         self._done: list[tuple[Key, str | None, bool]] = []  # in this round, and whether that is sure
         self._unknown: list[tuple[Key, str]] = []
@@ -124,6 +131,15 @@ class Expected:
         """It was acknowledged, or seen by one who may rely on it."""
         self._done.append((key, value, True))
 
+    def pulled(self, repository: str, digest: str) -> None:
+        """It counts for the tags that point to it, or to an index that lists it."""
+        for key, seen in self.held.items():
+            if key[:2] == ("tag", repository) and seen and self._lists(seen, digest):
+                self._pulled[key] = self._clock()
+
+    def _lists(self, image: str, digest: str) -> bool:
+        return image == digest or any(self._lists(each, digest) for each in self.images[image].children)
+
     def unknown(self, key: Key, why: str) -> None:
         """A client was told that there is none."""
         self._unknown.append((key, why))
@@ -135,6 +151,16 @@ class Expected:
 
     def keys(self) -> set[Key]:
         return {*self.held, *(key for key, _, _ in self._done), *(key for key, _ in self._unknown)}
+
+    def moved(self) -> list[tuple[Key, str]]:
+        """The tags that one operation of this round, and no other, has moved, and to where."""
+        found = []
+        for key, value, sure in self._done:
+            others = [each for each in self._done if each[0] == key]
+            moved = self.held.get(key) not in (None, value)
+            if key[0] == "tag" and value is not None and sure and moved and len(others) == 2:
+                found.append((key, value))
+        return found
 
     def compare(self, found: dict[Key, str | None], collected: bool, erased: bool, what: str) -> None:
         """At the end of a round, in which a collection ran, or an operator deleted, among `what` ran."""
@@ -197,9 +223,12 @@ class Expected:
         held = {key for key, seen in self.held.items() if seen}
         tags = {key for key in held - changed if key[0] == "tag"}
         manifests = {key for key in held - gone if key[0] == "manifest"}
-        if not self.rules:
+        if self.rules is None:
             return tags | manifests
-        tags = {each for each in tags if _is_fixed(each) or self._is_young(each) or self._is_newest(each)}
+        (rule,) = self.rules.keep_tags
+        tags = {
+            each for each in tags if _is_fixed(each) or self._is_young(each) or self._is_kept_by(rule, each)
+        }
         roots = {("manifest", each[1], str(self.held[each])) for each in tags}
         roots |= {each for each in manifests if self._is_young(each)}
         return tags | self._reach(roots, manifests)
@@ -225,6 +254,14 @@ class Expected:
 
     def _is_young(self, key: Key) -> bool:
         return self._clock() <= self._used.get(key, 0.0) + GRACE
+
+    def _is_kept_by(self, rule: KeepTags, key: Key) -> bool:
+        pushed, pulled = self._used.get(key, 0.0), self._pulled.get(key, 0.0)
+        return (
+            (rule.last is not None and self._is_newest(key))
+            or self._clock() - pushed <= (rule.pushed_within or 0.0)
+            or self._clock() - max(pushed, pulled) <= (rule.pulled_within or 0.0)
+        )
 
     def _is_newest(self, key: Key) -> bool:
         """Whether it is the tag of its repository that was pushed last, which the rules keep."""

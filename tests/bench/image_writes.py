@@ -18,6 +18,7 @@ from storage.errors import (
     ManifestUnknown,
     PreconditionFailed,
 )
+from storage.graph import fallback_tag
 from storage.maintenance.collection import Collection
 from storage.maintenance.deletion import Deletion, DeletionRequest
 from storage.maintenance.pins import Pin
@@ -25,7 +26,7 @@ from storage.migration.distribution import DistributionTree
 from storage.migration.migration import Migration
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
-from tests.bench.expected import ANY, IMMUTABLE, Expected, Failures, Key, Made
+from tests.bench.expected import ANY, IMMUTABLE, RULES, Expected, Failures, Key, Made
 from tests.conftest import Clock
 from tests.layout import Layout
 
@@ -44,7 +45,7 @@ class ImageWrites:
 
     def __init__(self, place: Path, random: Random) -> None:
         self.clock = Clock()
-        self.expected = Expected(self.clock, random.random() < 0.7)
+        self.expected = Expected(self.clock, random.choice(RULES))
         self.failures = Failures(Random(random.random()))
         self._random = random
         self._place = place
@@ -54,6 +55,8 @@ class ImageWrites:
         """Push an image or an index; it may have a subject, which may be there, and a condition."""
         manifest = self._index() if self._random.random() < 0.3 else self._image()
         tag, digest = self._random.choice((None, None, *TAGS)), str(manifest.digest)
+        if self.expected.images[digest].children and self._random.random() < 0.4:  # it lists referrers
+            tag = fallback_tag(Digest(self._random.choice([*self.expected.images])))
         keys: list[Key] = [("manifest", repository, digest), *([("tag", repository, tag)] if tag else [])]
         for key in keys:
             self.expected.may(key, digest)
@@ -104,12 +107,21 @@ class ImageWrites:
             await server.hosted.get_manifest(repository, Digest(key[2]))
             if not self.failures.share:  # else it may not have been recorded
                 self.expected.did(key, key[2])
+                self.expected.pulled(repository, key[2])
         except ManifestUnknown:
             self.expected.unknown(key, "a pull")
 
+    async def pull_tag(self, server: Server, repository: str) -> None:
+        with suppress(ManifestUnknown):
+            found = await server.hosted.resolve_manifest(repository, self._random.choice(TAGS))
+            if not self.failures.share:
+                self.expected.pulled(repository, str(found.digest))
+
     async def delete(self, server: Server, repository: str) -> None:
         kind = self._random.choice(("blob", "manifest", "tag"))
-        names = {"blob": [*self._blobs], "manifest": [*self.expected.images], "tag": [*TAGS]}[kind]
+        known = self.expected.keys()
+        tags = {*TAGS, *(key[2] for key in known if key[:2] == ("tag", repository))}
+        names = {"blob": [*self._blobs], "manifest": [*self.expected.images], "tag": sorted(tags)}[kind]
         if not names:
             return
         name = self._random.choice(names)
@@ -120,7 +132,7 @@ class ImageWrites:
             return
         self.expected.may(key := (kind, repository, name), None)
         if kind == "manifest":
-            for tag in TAGS:
+            for tag in tags:
                 self.expected.may(("tag", repository, tag), None)  # if it is one of its tags
         try:
             if kind == "blob":
@@ -169,14 +181,20 @@ class ImageWrites:
         with suppress(BlobUnknown, ManifestUnknown):  # deleted meanwhile, twice
             await run_in_thread(migration.run, [repository], lambda name: f"local/{name}")
 
-    def compare_referrers(self, store: Store, found: dict[Key, str | None], what: str) -> None:
-        """The referrers that are listed are the manifests that are there."""
+    async def compare_referrers(self, server: Server, found: dict[Key, str | None], what: str) -> None:
+        """The referrers that are listed are manifests that are there: by their subjects, and by a tag."""
+        images = self.expected.images
         for repository in REPOSITORIES:
             there = [key[2] for key, seen in found.items() if seen and key[:2] == ("manifest", repository)]
-            for subject in self.expected.images:
-                listed = [
-                    str(each.digest) for each in store.referrers_after(f"local/{repository}", Digest(subject))
-                ]
-                expected = sorted(each for each in there if self.expected.images[each].subject == subject)
+            for subject in images:
+                index = found.get(("tag", repository, fallback_tag(Digest(subject))))
+                known = () if index is None else images[index].children
+                expected = sorted(each for each in there if images[each].subject == subject or each in known)
+                listed: list[str] = []
+                limit = self._random.randint(1, 3)
+                while page := await server.hosted.referrers(
+                    repository, Digest(subject), last=listed[-1] if listed else "", limit=limit
+                ):
+                    listed += [str(each.digest) for each in page]
                 if listed != expected:
                     self.expected.wrong.append(f"{what}: {subject} has {listed}, and not {expected}")

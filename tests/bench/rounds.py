@@ -25,13 +25,14 @@ from storage.errors import (
 from storage.keys import LEFTOVER, LINK, MANIFEST, OBJECT, UPLOAD
 from storage.maintenance.collection import Collection
 from storage.maintenance.leases import Leases
+from storage.maintenance.pulls import Pulls
 from storage.maintenance.retention import RetentionRules
 from storage.oci import Digest, Tag
 from storage.records import Records
 from storage.registry import Upload
 from storage.store import Store
 from storage.values import StoredObject
-from tests.bench.expected import GRACE, IMMUTABLE, RULES, FailingBucket, FailingPostgres, FailingRecords, Key
+from tests.bench.expected import GRACE, IMMUTABLE, FailingBucket, FailingPostgres, FailingRecords, Key
 from tests.bench.image_writes import REPOSITORIES, ImageWrites, Server
 from tests.counted import counts, plain, totals
 
@@ -75,10 +76,11 @@ class Rounds(ImageWrites):
     def _server(self, content: BlobContent, records: Records) -> Server:
         store = Store(content, records, self.clock, collected=True)
         leases = Leases(store, GRACE, self.clock)
-        rules = RULES if self.expected.rules else RetentionRules()
+        rules = self.expected.rules or RetentionRules()
         collection = Collection(store, lambda name: rules, leases, self.clock, lambda seconds: None)
         pushed = PushRules(immutable=(IMMUTABLE,))
-        return Server(Hosted("local", store, leases, pushed, clock=self.clock), store, collection)
+        pulls = Pulls(store, self.clock)
+        return Server(Hosted("local", store, leases, pushed, pulls, clock=self.clock), store, collection)
 
     async def round(self) -> None:
         chosen = self._chosen()
@@ -92,14 +94,19 @@ class Rounds(ImageWrites):
         for server in self._servers:
             found = {key: await self._read(server.store, key) for key in keys}
             self.expected.compare(found, self.collect in chosen, self.erase in chosen, what)
-            self.compare_referrers(server.store, found, what)
+            await self.compare_referrers(server, found, what)
         self.clock.advance(self._random.choice(PAUSES))
 
     def _chosen(self) -> list[Operation]:
         """What is to be done in a round."""
         kinds: list[Operation] = [self.begin] * 2 + [self.go_on] * 7
         kinds += [self.finish] * 7 + [self.cancel, self.push] + [self.mount] * 3 + [self.image] * 8
-        kinds += [self.delete] * 3 + [self.pull] * 4 + [self.pull_image] * 2 + [self.reap, self.collect] * 2
+        kinds += (
+            [self.delete] * 3
+            + [self.pull] * 4
+            + [self.pull_image, self.pull_tag] * 2
+            + [self.reap, self.collect] * 2
+        )
         kinds += [self.erase] + [self.take_over] * self._in_files
         return [self._random.choice(kinds) for _ in range(self._random.randint(1, 6))]
 

@@ -28,11 +28,18 @@ from random import Random
 import click
 import structlog
 
-from tests.bench.bundle_rounds import BUNDLES, BundleRounds
+from tests.bench.bundle_rounds import BUNDLES, MOVING_BUNDLES, BundleRounds, MovingBundleRounds
 from tests.bench.clients import BenchError
 from tests.bench.moving_rounds import MOVING, MovingRounds
 from tests.bench.rounds import Rounds
 from tests.postgres import PostgresServer
+
+MADE: dict[str, type[Rounds]] = {
+    **dict.fromkeys(("files", "bucket", "two servers", "PostgreSQL"), Rounds),
+    **dict.fromkeys(MOVING, MovingRounds),
+    **dict.fromkeys(BUNDLES, BundleRounds),
+    **dict.fromkeys(MOVING_BUNDLES, MovingBundleRounds),
+}
 
 
 @contextmanager
@@ -49,8 +56,7 @@ def postgres() -> Iterator[Callable[[], str]]:
 
 async def sample(kind: str, seed: int, rounds: int, database: str = "") -> Rounds:
     with tempfile.TemporaryDirectory(prefix="entrepot-bench-") as place:
-        made = MovingRounds if kind in MOVING else BundleRounds if kind in BUNDLES else Rounds
-        run = made(kind, Path(place), Random(seed), database)
+        run = MADE[kind](kind, Path(place), Random(seed), database)
         for _ in range(rounds):
             await run.round()
         await run.end()
@@ -72,7 +78,7 @@ def main(rounds: int, seeds: int, seed: int, only: str | None) -> None:
         "|---|--:|--:|--:|--:|--:|"
     )
     wrong = 0
-    for kind in ("files", "bucket", "two servers", "PostgreSQL", *MOVING, *BUNDLES):
+    for kind in MADE:
         if only is not None and only not in kind:
             continue
         begun, runs = time.process_time(), []

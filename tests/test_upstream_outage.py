@@ -8,7 +8,7 @@ import pytest
 from yarl import URL
 
 from proxy.cache import tags
-from proxy.upstream.breaker import FAILURES, NOTED
+from proxy.upstream.breaker import FAILURES, FIRST, NOTED
 from proxy.upstream.transport import RETRIES
 from tests.conftest import Clock, Serve
 from tests.events import Ear
@@ -208,6 +208,19 @@ async def test_a_token_server_that_stops_in_its_answer_is_paused_too(
     assert upstream.log.count("GET token repository:a/b:pull") == 1
     open_hosts = await metric(site, "entrepot_upstream_open")
     assert open_hosts[URL(upstream.cdn_url).host_port_subcomponent or ""] == 1
+
+
+async def test_a_slow_object_pauses_its_host_once(serve: Serve, upstream: Upstream, clock: Clock) -> None:
+    upstream.cdn = True
+    image = upstream.image("a/b", "many", [bytes([number]) * 1000 for number in range(3)])
+    site = await serve(upstream, options=QUICK)
+    slow, *others = image.layers
+    for other, status in zip(others, (504, 200), strict=True):
+        upstream.next("GET", "cdn", silence())
+        assert (await pull(site, blob_of(slow)))[0] == 504
+        assert (await pull(site, blob_of(other)))[0] == status
+        clock.advance(FIRST)
+        assert (await pull(site, blob_of(other)))[0] == 200
 
 
 async def test_a_cdn_that_hangs_is_no_reason_not_to_ask_for_tags(serve: Serve, upstream: Upstream) -> None:

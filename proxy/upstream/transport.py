@@ -39,7 +39,7 @@ from proxy.upstream.liveness import answering, coming
 from proxy.upstream.redirects import RedirectMemory, good_for
 from proxy.upstream.sent_span import described, note_status
 from proxy.upstream.socket_body import SocketBodies
-from storage.errors import OriginFailed, RegistryError
+from storage.errors import OriginFailed, OriginTimeout, RegistryError
 from storage.shared import SharedState
 
 REDIRECTS = 5
@@ -177,9 +177,12 @@ class Transport:
                     response, content = await self._persist(method, url, headers, body, limit)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = self.failed(error, url)
-                if brief := is_brief(error):
+                brief, late = is_brief(error), isinstance(failure, OriginTimeout)
+                if brief or late:
                     self._failing.note(method, url, True)
-                attempt.failed(failure, outlook if brief else Outlook.LATER, final=is_final(error))
+                # One slow object, again and again, does not pause a host that answers other requests.
+                final = is_final(error) and not (late and outlook is not Outlook.SOON)
+                attempt.failed(failure, outlook if brief else Outlook.LATER, final=final)
                 raise failure from error
             except UnicodeError:  # a redirect or a challenge named it
                 raise OriginFailed(f"{self._name} names the host {url.raw_host}, which is none") from None

@@ -161,6 +161,20 @@ def test_a_refused_range_is_not_asked_for_again_at_once(clock: Clock) -> None:
     refusals.check(150)
 
 
+def test_refused_ranges_that_are_asked_for_again_are_not_kept(clock: Clock) -> None:
+    refusals = RangeRefusals(clock, SharedTable(), "up", Digest.of(b"a"))
+    for number in range(3):
+        try:
+            raise OriginFailed(str(number))
+        except OriginFailed as error:
+            refusals.add(number, number + 1, error)
+    assert [str(each) for each in refusals.errors()] == ["0", "1", "2"]
+    assert all(each.__traceback__ is None for each in refusals.errors())
+    clock.advance(RECENT)
+    refusals.add(3, 4, OriginFailed("3"))
+    assert [str(each) for each in refusals.errors()] == ["3"]
+
+
 def test_pauses_grow_until_one_more_transfer_is_accepted(clock: Clock) -> None:
     refusals, error = RangeRefusals(clock, SharedTable(), "up", Digest.of(b"a")), OriginFailed("it failed")
 

@@ -71,7 +71,10 @@ class RangeRefusals:
 
     def add(self, start: int, stop: int, error: RegistryError) -> None:
         """The origin has refused [start, stop)."""
-        self._spans[start, stop] = error, self._ticks()
+        now = self._ticks()
+        recent = {span: each for span, each in self._spans.items() if now - each[1] < RECENT}
+        # A copy, since an error that was raised keeps alive all that its frames refer to.
+        self._spans = {**recent, (start, stop): (error.copy(), now)}
 
     @property
     def counts(self) -> bool:
@@ -105,7 +108,7 @@ class RangeRefusals:
         """Raises the error with which the origin has just refused the byte."""
         for (start, stop), (error, at) in self._spans.items():
             if start <= offset < stop and self._ticks() - at < RECENT:
-                raise error
+                raise error.copy()
 
     def errors(self) -> list[RegistryError]:
         return [error for error, _ in self._spans.values()]

@@ -885,7 +885,8 @@ async def test_what_came_in_counts_as_pushed_then(at: Opened, clock: Clock, bund
     clock.advance(90 * 86400)
     top = {"namespaces": {"local": {"store": {"keep_tags": [{"last": 2, "pushed_within": "10d"}]}}}}
     async with at("site", offline=True, top=top) as site:
-        await site.take(bundle)
+        landed = await site.take(bundle)
+        assert [each.tag for each in landed.references] == ["1", "10", "9"]
         clock.advance(20 * 86400)
         assert site.parts.maintenance.collection is not None
         await asyncio.to_thread(site.parts.maintenance.collection.run)

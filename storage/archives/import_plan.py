@@ -279,8 +279,9 @@ def _pushed(tags: Mapping[Tag, tuple[Digest, float]], now: float) -> dict[Tag, t
 
     In a private store the time of a tag is that of its push, by which rules remove it.
     """
-    ordered = sorted(tags.items(), key=lambda each: each[1][1], reverse=True)
-    return {tag: (digest, now - number * STEP) for number, (tag, (digest, _)) in enumerate(ordered)}
+    newest_first = sorted(tags, key=lambda tag: tags[tag][1], reverse=True)
+    times = {tag: now - number * STEP for number, tag in enumerate(newest_first)}
+    return {tag: (digest, times[tag]) for tag, (digest, _) in tags.items()}
 
 
 def _linked(store: Store, namespace: str) -> Iterator[Digest]:

@@ -362,6 +362,20 @@ async def test_a_server_that_is_offline_serves_what_others_have(
     assert upstream.log == []
 
 
+async def test_what_the_upstream_did_not_have_is_known_to_all(start: Start, upstream: Upstream) -> None:
+    upstream.image("a/b", "latest")
+    one, other = await start("one"), await start("other")
+    assert (await one.get("/v2/a/b/manifests/unknown"))[0] == 404
+    await upstream.stop()
+    one.clock.advance(FRESH + 1)
+    assert (await other.get("/v2/a/b/manifests/unknown"))[0] == 404
+    assert (await other.get("/v2/a/b/manifests/new"))[0] == 502
+    assert other.app.admin_url is not None
+    where = (other.app.admin_url / "api/v1/why").with_query(ref="a/b:unknown")
+    async with other.session.get(where) as response:
+        assert (await response.json())["absent"]["since"] == one.clock() - FRESH - 1
+
+
 async def test_a_digest_that_is_known_is_no_permission(
     start: Start, upstream: Upstream, fake: FakeBucket
 ) -> None:

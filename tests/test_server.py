@@ -120,6 +120,8 @@ async def other(image: Image) -> Any:
         ("/v2/docker.io/library/alpine/manifests/latest", None, "hub library/alpine"),
         ("/docker.io/v2/library/alpine/manifests/latest", None, "hub library/alpine"),
         ("/v2/docker.io/v2/library/alpine/manifests/latest", None, "hub library/alpine"),
+        ("/v2/v2/docker.io/library/alpine/manifests/latest", None, "hub library/alpine"),  # kaniko
+        ("/v2/v2/docker.io/library/alpine/manifests/latest", "edge.test", "hub library/alpine"),
         ("/v2/team/app/manifests/latest?ns=edge.example:5000", None, "edge team/app"),
         ("/v2/team/app/manifests/latest?ns=EDGE.example:5000", None, "edge team/app"),
         ("/v2/team/app/manifests/latest?ns=edge.example:5000", "hub.test", "edge team/app"),

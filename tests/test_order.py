@@ -38,10 +38,11 @@ def test_one_process_begins_with_what_takes_longest() -> None:
     assert names(spread(ALL, 1)) == "b0 b1 c0 a0 a1 a2 a3 a4 d0 d1 d2 d3"
 
 
-def test_each_process_begins_with_some_of_it() -> None:
-    found = spread(ALL, 2)
-    assert names(found[:6]) == "b0 b1 a0 a1 a2 a3"
-    assert names(found[6:]) == "c0 a4 d0 d1 d2 d3"
+def test_half_of_the_processes_begin_with_some_of_it() -> None:
+    found = spread(ALL, 3)
+    assert names(found[:4]) == "b0 b1 a0 a1"
+    assert names(found[4:8]) == "c0 a2 a3 a4"
+    assert names(found[8:]) == "d0 d1 d2 d3"
 
 
 @pytest.mark.parametrize("processes", range(1, 20))

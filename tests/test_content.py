@@ -36,7 +36,7 @@ DAY = 86400.0
 class Files:
     """Blobs as files; `script` makes them as `content` in another process, whose argument is `directory`."""
 
-    script = "from storage.disk.blobs import BlobFiles; content = BlobFiles(directory, private=True)"
+    script = "from storage.disk.blobs import BlobFiles; content = BlobFiles(directory, clock, private=True)"
 
     def __init__(self, directory: Path, clock: Clock) -> None:
         self.directory = directory
@@ -79,10 +79,12 @@ def traced(function):
             return await function(*arguments, **options)
         finally:
             under_way -= 1
+            trace("obstore", ())
     return call
 obstore.put_async, obstore.head_async = map(traced, (obstore.put_async, obstore.head_async))
 bucket = Bucket({store}, "a bucket", healthy("a bucket", directory))
-content = BucketBlobs(bucket, SQLiteRecords(directory / "records", durable=True), directory)
+records = SQLiteRecords(directory / "records", clock, durable=True)
+content = BucketBlobs(bucket, records, directory, clock)
 """
 
     def __init__(self, directory: Path, clock: Clock, store: Any, made: str) -> None:
@@ -358,6 +360,8 @@ from pathlib import Path
 from storage.oci import Digest
 directory = Path(sys.argv[1])
 count = int(sys.argv[2])
+def clock():
+    return float(sys.argv[4])
 def step(*found):
     global count
     count -= 1
@@ -401,7 +405,8 @@ async def test_a_commit_that_is_killed_anywhere_is_whole_or_nothing(
     digest, steps = Digest.of(LARGE), []
     while True:
         program = KILLED.format(script=subject.script)
-        said = killed([program, str(subject.directory), str(len(steps) + 1), str(tmp_path / "data")])
+        more = str(len(steps) + 1), str(tmp_path / "data"), str(clock())
+        said = killed([program, str(subject.directory), *more])
         if content.holds(digest):
             assert await get(content, digest) == LARGE
         if said == ["done"]:

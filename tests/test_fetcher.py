@@ -587,7 +587,7 @@ async def test_a_cut_of_that_transfer(rig: Rig, upstream: Upstream) -> None:
     digest = Digest(upstream.blob("a/b", BODY))
     await leave_holes(rig, digest, upstream, *HOLES)
     upstream.ranges = False
-    upstream.next("GET", digest, Truncate(after=200_000))
+    upstream.next("GET", digest, Reset(after=200_000))
     assert await rig.read(digest, 0, SIZE) == BODY
     await rig.fills.ended(digest)
     assert [start for start, _ in asked(upstream)] == [1000, 200_000]
@@ -667,7 +667,7 @@ async def test_a_cut_after_which_ranges_fail(
 
     monkeypatch.setattr(asyncio, "sleep", pass_time)
     digest = Digest(upstream.blob("a/b", BODY))
-    upstream.next("GET", digest, Truncate(after=200_000))
+    upstream.next("GET", digest, Reset(after=200_000))
     upstream.next("GET", to_ranges, Status(status, {"Retry-After": "7"}), times=100)
     assert await rig.read(digest, 0, SIZE) == BODY
     await rig.fills.ended(digest)

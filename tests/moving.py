@@ -17,13 +17,13 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.namespaces.private import private_store
 from proxy.transfer.engine_moves import EngineMoves
 from storage.oci import Digest
+from tests.deaths import die_before
 
 LATER = 3600.0  # seconds: whatever a move has paused has ended
 
@@ -36,19 +36,7 @@ def dying_at(number: int) -> None:
     from storage.disk.uploads import FileUpload
     from storage.postgres.records import PostgresRecords
 
-    steps = itertools.count(1)
-
-    def stop(place: Any, name: str) -> None:
-        real = getattr(place, name)
-
-        def stopped(*arguments: Any, **options: Any) -> Any:
-            if next(steps) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **options)
-
-        setattr(place, name, stopped)
-
-    for place, name in (
+    methods = [
         (SQLiteRecords, "transaction"),
         (SQLiteRecords, "put"),
         (PostgresRecords, "transaction"),
@@ -56,8 +44,8 @@ def dying_at(number: int) -> None:
         (FileUpload, "write"),
         (BlobFiles, "place"),
         (Path, "unlink"),
-    ):
-        stop(place, name)
+    ]
+    die_before(number, methods)
 
 
 async def move(config: Config, shared: bool) -> None:

@@ -7,7 +7,6 @@ there, and nothing partial.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -35,11 +34,20 @@ from storage.keys import TAG
 from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Reference, Tag
 from tests.bench.clients import BenchError
 from tests.conftest import configuration
+from tests.deaths import die_before
 
 REPOSITORIES, TAGS = ("local/a", "local/b"), ("1", "2", "latest")
 SIZES = (0, 10, 100_000, 3 << 20)  # bytes of layers
 STEPS = 60  # at most, before which a process dies
 UPSTREAM = {"upstream": {"url": "http://127.0.0.1:9"}}
+METHODS = (  # one of their calls is the step
+    (SQLiteRecords, "transaction"),
+    (SQLiteRecords, "put"),
+    (SparseUpload, "write_at"),
+    (BlobFiles, "place"),
+    (BlobFiles, "renew"),
+    (Path, "unlink"),
+)
 PLACES: list[dict[str, Any]] = [{"store": {}}, {"store": {"keep_tags": [{"last": 1}]}}, UPSTREAM]
 
 
@@ -80,31 +88,6 @@ async def export(config: Config, bundle: Path, random: Random) -> None:
         await parts.close()
 
 
-def die_at(number: int) -> None:
-    """Have this process die before its step of that number."""
-    steps = itertools.count(1)
-
-    def stop(place: Any, name: str) -> None:
-        real = getattr(place, name)
-
-        def stopped(*arguments: Any, **options: Any) -> Any:
-            if next(steps) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **options)
-
-        setattr(place, name, stopped)
-
-    for place, name in (
-        (SQLiteRecords, "transaction"),
-        (SQLiteRecords, "put"),
-        (SparseUpload, "write_at"),
-        (BlobFiles, "place"),
-        (BlobFiles, "renew"),
-        (Path, "unlink"),
-    ):
-        stop(place, name)
-
-
 async def import_(config: Config, bundle: Path) -> None:
     parts = compose(config)
     try:
@@ -121,7 +104,7 @@ def forked(number: int, config: Config, bundle: Path) -> int:
     status = 1
     try:
         if number:
-            die_at(number)
+            die_before(number, METHODS)
         asyncio.run(import_(config, bundle))
         status = 0
     except BaseException:

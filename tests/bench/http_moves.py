@@ -21,7 +21,8 @@ from typing import Any
 import click
 
 from tests.bench.clients import BenchError
-from tests.bench.http_writes import ACCESS, IMMUTABLE, Clients, FleetDisturbances
+from tests.bench.http_servers import FleetDisturbances, stopped
+from tests.bench.http_writes import ACCESS, IMMUTABLE, Clients
 from tests.bench.telling import ACTIONS
 from tests.objects import FakeBucket
 from tests.postgres import PostgresServer
@@ -140,21 +141,14 @@ async def sample(seed: int, rounds: int) -> tuple[Clients, Mover]:
         mover = Mover(places[0], clients, random)
         await _rounds(clients, mover, places, random, rounds, database=database, bucket=bucket)
         clients.expected.wrong += await clients.telling.compare(receiver)
-        for server in clients.servers:
-            for event in server.events:
-                if event["event"] in ("request.failed", "webhook.lost"):
-                    clients.expected.wrong.append(f"{event}")
-            await server.stop()
-        for place in places:
-            for server in place.servers:
-                await server.clear()
+        clients.expected.wrong += await stopped(clients.servers, places)
     return clients, mover
 
 
 async def _rounds(
     clients: Clients, mover: Mover, places: list[Place], random: Random, rounds: int, **engines: Any
 ) -> None:
-    disturbances = FleetDisturbances(places, clients, random, **engines)
+    disturbances = FleetDisturbances(places, clients.servers, random, **engines)
     kinds = [disturbances.worker, disturbances.keeper, disturbances.server]
     kinds += [disturbances.database, disturbances.bucket]
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -29,8 +27,9 @@ import click
 from storage.oci import OCI_MANIFEST, Digest
 from tests.bench.clients import BenchError
 from tests.bench.expected import ANY, Expected, Key, Made
+from tests.bench.http_servers import Disturbances, FleetDisturbances, stopped
 from tests.bench.telling import ACTIONS, Telling
-from tests.objects import FakeBucket, answer
+from tests.objects import FakeBucket
 from tests.postgres import PostgresServer
 from tests.processes import Place, Server
 from tests.receiver import Receiver
@@ -268,59 +267,6 @@ class Clients:
             self.expected.unknown(key, "a deletion")
 
 
-class Disturbances:
-    """What befalls the servers; each lasts until they answer again."""
-
-    def __init__(self, places: list[Place], clients: Clients, random: Random) -> None:
-        self._places = places
-        self._clients = clients
-        self._random = random
-
-    async def _moment(self) -> None:
-        await asyncio.sleep(self._random.random() / 20)
-
-    def _kill(self, pid: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-    async def worker(self) -> None:
-        await self._moment()
-        server = self._random.choice(self._clients.servers)
-        pids = server.pids()
-        self._kill(victim := self._random.choice(pids))
-        await server.gone(victim)
-
-    async def keeper(self) -> None:
-        await self._moment()
-        server = self._random.choice(self._clients.servers)
-        with suppress(ValueError):  # it has just been killed
-            self._kill(victim := server.keeper())
-            await server.gone(victim)
-
-    async def server(self) -> None:
-        await self._moment()
-        number = self._random.randrange(len(self._clients.servers))
-        await self._clients.servers[number].kill()
-        self._clients.servers[number] = await self._places[number].start()
-
-
-class FleetDisturbances(Disturbances):
-    def __init__(self, *arguments: Any, database: PostgresServer, bucket: FakeBucket) -> None:
-        super().__init__(*arguments)
-        self._database, self._bucket = database, bucket
-
-    async def database(self) -> None:
-        await self._moment()
-        await asyncio.to_thread(self._database.kill)
-        await asyncio.to_thread(self._database.start)
-
-    async def bucket(self) -> None:
-        await self._moment()
-        self._bucket.down = answer(503, "SlowDown")
-        await self._moment()
-        self._bucket.down = None
-
-
 async def sample(kind: str, seed: int, rounds: int) -> Clients:
     random = Random(seed)
     async with AsyncExitStack() as stack:
@@ -352,20 +298,13 @@ async def sample(kind: str, seed: int, rounds: int) -> Clients:
         clients = Clients(servers, random)
         stack.push_async_callback(clients.close)
         made = FleetDisturbances if extra else Disturbances
-        disturbances = made(places, clients, random, **extra)
+        disturbances = made(places, servers, random, **extra)
         kinds = [disturbances.worker, disturbances.worker, disturbances.keeper, disturbances.server]
         kinds += [disturbances.database, disturbances.bucket] if extra else []  # type: ignore[attr-defined]
         for _ in range(rounds):
             await clients.round(random.choice([*kinds, *[None] * 4]))
         clients.expected.wrong += await clients.telling.compare(receiver)
-        for server in clients.servers:
-            for event in server.events:
-                if event["event"] in ("request.failed", "webhook.lost"):
-                    clients.expected.wrong.append(f"{event}")
-            await server.stop()
-        for place in places:
-            for server in place.servers:
-                await server.clear()
+        clients.expected.wrong += await stopped(clients.servers, places)
     return clients
 
 

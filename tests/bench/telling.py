@@ -40,7 +40,7 @@ class Telling:
         return told
 
     async def compare(self, receiver: Receiver) -> list[str]:
-        """Wait until all is told; what is missing, and what was told though it cannot have happened."""
+        """Wait for all events that must come.  Returns those that are missing, or had no cause."""
         deadline = time.monotonic() + LATE
         while True:
             told = {Told.of(each.event) for each in receiver.notices}

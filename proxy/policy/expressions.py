@@ -5,6 +5,7 @@ The library of that name evaluates them; it is imported only where there is an e
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +15,9 @@ from proxy.signatures.errors import printable
 SHOWN = 200  # characters of an error of the library
 
 VARIABLES = ("predicate", "now", "image", "digest")
+
+_BOUND = re.compile(r"\(\s*(\w+)\s*,")  # the x of `.exists(x, …)`
+_NAMESPACE = "optional"  # of `optional.of(…)`: neither a variable nor a value
 
 
 class Expression:
@@ -37,6 +41,10 @@ class Expression:
             self._program = cel.compile(text)
         except ValueError as error:
             raise StartError(f"`when` is no expression in CEL: {printable(str(error), SHOWN)}") from None
+        known = {*VARIABLES, _NAMESPACE, *_BOUND.findall(text)}
+        for name in self._program.variables():  # the library finds a wrong one only when it is evaluated
+            if name not in known and not _is_value(name):
+                raise StartError(f"`when` knows no {name!r}, but {', '.join(VARIABLES)}")
         self.text = text
         # Whether it may be true now and false later.
         self.depends_on_time = "now" in self._program.variables()
@@ -53,6 +61,17 @@ class Expression:
         if not isinstance(value, bool):
             raise ExpressionFailed(f"its value is {type(value).__name__}, not true or false")
         return value
+
+
+def _is_value(name: str) -> bool:
+    """Whether CEL itself has a value of this name, as for a type: `int`."""
+    import cel
+
+    try:
+        cel.compile(name).execute({})
+    except Exception:  # as in Expression.holds
+        return False
+    return True
 
 
 class ExpressionFailed(Exception):

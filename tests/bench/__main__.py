@@ -20,14 +20,14 @@ from pathlib import Path
 import click
 
 from tests.bench import report
-from tests.bench.clients import BenchError, get
-from tests.bench.peers import Distribution, DockerRegistry, Entrepot, Former, OneWorker, Peer, Signed
+from tests.bench.clients import BenchError
+from tests.bench.peers import Distribution, DockerRegistry, Entrepot, Former, OneWorker, Peer, Signed, Zot
 from tests.bench.scenarios import Scenario, Target, all_scenarios, verify
-from tests.bench.upstream import REPOSITORY, TAG, Upstream
+from tests.bench.upstream import Upstream
 
 NEEDED = ("docker-registry", "nginx", "wrk")  # commands, and Debian's packages of the same names
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (Entrepot, OneWorker, Signed, Former, DockerRegistry, Distribution)
+    peer.name: peer for peer in (Entrepot, OneWorker, Signed, Former, DockerRegistry, Distribution, Zot)
 }
 
 
@@ -66,15 +66,6 @@ def environment() -> list[str]:
     ]
 
 
-def check_manifest(target: Target) -> None:
-    """Raises BenchError unless the peer serves the exact manifest, both ways."""
-    expected = target.upstream.manifest
-    for reference in (TAG, expected.digest):
-        status, body = get(target.port, f"/v2/{REPOSITORY}/manifests/{reference}")
-        if status != 200 or body != expected.file.read_bytes():
-            raise BenchError(f"manifest {reference} on port {target.port}: {status} {body[:500]!r}")
-
-
 def forget(directory: Path) -> None:
     """Take the blobs that the peers have stored so far out of the page cache.
 
@@ -111,18 +102,15 @@ def run(
 def _rounds(
     scenario: Scenario, targets: dict[str, Target], upstream: Upstream, rounds: int
 ) -> report.Results:
-    content = upstream.add_blob(scenario.size) if scenario.size else upstream.manifest
+    content = scenario.content(upstream)
     for target in targets.values():
-        if scenario.size:
-            verify(target, content)
-        else:
-            check_manifest(target)
+        verify(target, content)
     order: list[str] = list(targets)
     results: report.Results = {name: [] for name in targets}
     for number in range(rounds):
         if scenario.cold:
-            content.file.unlink()
-            content = upstream.add_blob(scenario.size or 0)
+            content.remove()
+            content = scenario.content(upstream)
         for name in order:
             os.sync()  # nobody pays for what another has written
             upstream.take_log()
@@ -132,7 +120,7 @@ def _rounds(
             say(f"  {number + 1}/{rounds} {name}: {', '.join(f'{each:.4g}' for each in results[name][-1])}")
         order.append(order.pop(0))
     if scenario.size:
-        content.file.unlink()
+        content.remove()
     return results
 
 

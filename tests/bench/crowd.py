@@ -119,7 +119,7 @@ def main(seconds: int) -> None:
 
 
 def _run(upstream: Upstream, peer: Small, seconds: int) -> None:
-    path = f"/v2/{REPOSITORY}/manifests/{upstream.manifest.digest}"
+    path = f"/v2/{REPOSITORY}/manifests/{upstream.image.digest}"
     large = upstream.add_blob(LARGE)
     download([Stream(peer.port, large.path, large.size)])
     manifests(peer.port, path, 10, 1)

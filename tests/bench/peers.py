@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -195,6 +196,27 @@ class Distribution(DockerRegistry):
             raise BenchError("ENTREPOT_DISTRIBUTION is not set: it names the command of that registry")
         # Without traces, which version 3 would send somewhere.
         return ["env", "OTEL_TRACES_EXPORTER=none", command, *super().configure(directory, upstream)[1:]]
+
+
+class Zot(Peer):
+    """zot, whose command is named by ENTREPOT_ZOT: it copies images on demand, not single blobs."""
+
+    name = "zot"
+
+    def configure(self, directory: Path, upstream: str) -> list[str]:
+        command = os.environ.get("ENTREPOT_ZOT")
+        if command is None:
+            raise BenchError("ENTREPOT_ZOT is not set: it names the command of that registry")
+        registry = {"urls": [upstream], "onDemand": True, "content": [{"prefix": "**"}]}
+        configuration = {
+            "log": {"level": "error"},
+            "storage": {"rootDirectory": str(directory / "disk")},
+            "http": {"address": "127.0.0.1", "port": str(self.port)},
+            "extensions": {"sync": {"enable": True, "registries": [registry]}},
+        }
+        file = directory / "config.json"
+        file.write_text(json.dumps(configuration))
+        return [command, "serve", str(file)]
 
 
 def _status_kib(pid: int, key: str) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from tests.bench.clients import Stream, download, requests_per_second
+from tests.bench.clients import BenchError, Stream, download, get, requests_per_second
 from tests.bench.peers import Process
-from tests.bench.upstream import MIB, REPOSITORY, TAG, Content, Upstream
+from tests.bench.upstream import MIB, REPOSITORY, TAG, Content, Image, Upstream
 
 GIB = 1 << 30
 SLOW_READER = 15 * MIB  # bytes per second
@@ -50,8 +50,8 @@ Sample = Callable[[Target, Content], list[float]]
 class Scenario:
     """`sample` does the work once: one figure for each of `measures`.
 
-    A cold one gets a new blob for every round; `size` None stands for the manifest.  `through` is the
-    port of the upstream that the caches ask.
+    A cold one gets a new blob for every round, or a new image; `size` None stands for an image that all
+    have.  `through` is the port of the upstream that the caches ask.
     """
 
     key: str
@@ -62,6 +62,12 @@ class Scenario:
     through: Literal["port", "tls_port", "slow_port", "link_port"] = "port"
     rounds: int = 5
     nginx: bool = True
+    image: bool = False
+
+    def content(self, upstream: Upstream) -> Content:
+        if self.size is None:
+            return upstream.image
+        return upstream.add_image(self.size) if self.image else upstream.add_blob(self.size)
 
 
 def manifest(reference: str, seconds: int) -> Sample:
@@ -114,6 +120,24 @@ def first_byte(target: Target, content: Content) -> list[float]:
     return [(stream.first_byte or 0.0) * 1000, traffic.gets + traffic.others]
 
 
+def image(clients: int) -> Sample:
+    """Each client asks for the manifest by its tag and, once all have it, for all layers at once."""
+
+    def sample(target: Target, content: Content) -> list[float]:
+        assert isinstance(content, Image)
+        before = target.process.cpu_seconds()
+        manifests = [Stream(target.port, content.path, content.size) for _ in range(clients)]
+        layers = [Stream(target.port, each.path, each.size) for each in content.layers * clients]
+        first = download(manifests)
+        seconds = first + download(layers)
+        first += min(each.first_byte or 0.0 for each in layers)
+        sent = target.upstream.take_log().bytes
+        size = sum(layer.size for layer in content.layers)
+        return [seconds, first, sent / size, target.process.cpu_seconds() - before]
+
+    return sample
+
+
 def followers(target: Target, content: Content) -> list[float]:
     """Every other client reads slowly."""
     rates = [SLOW_READER if number % 2 else None for number in range(100)]
@@ -124,9 +148,15 @@ def followers(target: Target, content: Content) -> list[float]:
 
 def verify(target: Target, content: Content) -> None:
     """Several clients at once, one of which hashes what it gets.  Raises BenchError."""
-    streams = [Stream(target.port, content.path, content.size) for _ in range(VERIFYING_CLIENTS)]
-    streams[0].digest = content.digest
-    download(streams)
+    if isinstance(content, Image):
+        for path in (content.path, f"/v2/{REPOSITORY}/manifests/{content.digest}"):
+            status, body = get(target.port, path)
+            if status != 200 or body != content.file.read_bytes():
+                raise BenchError(f"{path} on port {target.port}: {status} {body[:500]!r}")
+    for blob in content.layers if isinstance(content, Image) else (content,):
+        streams = [Stream(target.port, blob.path, blob.size) for _ in range(VERIFYING_CLIENTS)]
+        streams[0].digest = blob.digest
+        download(streams)
     target.upstream.take_log()
 
 
@@ -155,6 +185,10 @@ def all_scenarios(quick: bool) -> list[Scenario]:
     tls = time("cold blob, 1 client, upstream by TLS", 1)
     cold_cost = (bytes_once, cpu_all)
     first_cost = (Measure("upstream requests", ""),)
+    pull = Measure("cold image through the link, 1 client", "s")
+    pulls = Measure("cold image through the link, 20 clients", "s")
+    image_start = Measure("until the first byte of a layer", "s")
+    image_cost = (image_start, Measure("upstream bytes", "× image"), cpu_all)
 
     return [
         Scenario("digest", (rate("manifest by digest", 3), cpu), manifest("", seconds), None),
@@ -166,11 +200,13 @@ def all_scenarios(quick: bool) -> list[Scenario]:
         Scenario("cold1-tls", (tls, *cold_cost), cold(1), full, True, "tls_port", nginx=False),
         Scenario("cold20", (twenty, *cold_cost), cold(20), full, True),
         # Without nginx: it is known how long transfers take on a link of known speed.
-        Scenario("link1", (single, *cold_cost), cold(1), full // 3, True, "link_port", rounds=3, nginx=False),
-        Scenario(
-            "link20", (linked, *cold_cost), cold(20), full // 3, True, "link_port", rounds=2, nginx=False
-        ),
+        Scenario("link1", (single, *cold_cost), cold(1), full // 3, True, "link_port", 3, False),
+        Scenario("link20", (linked, *cold_cost), cold(20), full // 3, True, "link_port", 2, False),
         Scenario("first-byte", (first, *first_cost), first_byte, 10 * MIB, True, "link_port"),
+        Scenario("image1", (pull, *image_cost), image(1), full // 3, True, "link_port", 3, False, True),
+        Scenario("image20", (pulls, *image_cost), image(20), full // 3, True, "link_port", 2, False, True),
         # Memory is a peak, so a second round in the same process would tell nothing new.
-        Scenario("memory", (memory, bytes_once), followers, full, True, "slow_port", rounds=1, nginx=False),
+        Scenario(
+            "memory", (memory, bytes_once), followers, full, True, through="slow_port", rounds=1, nginx=False
+        ),
     ]

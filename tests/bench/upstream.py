@@ -31,6 +31,7 @@ MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 SLOW_RATE = 60 << 20  # bytes per second of one connection to slow_port
 LINK_RATE = 100 << 20  # bytes per second of all connections through link_port together
 LINK_DELAY = 0.02  # seconds, one way
+LAYERS = 5
 QUIET = 0.3  # seconds without a request, longer than one can be on the link, mean that no more will come
 MIB = 1 << 20
 
@@ -73,6 +74,10 @@ location ~ ^/v2/.+/blobs/(?<digest>sha256:[0-9a-f]+)$ {{
     add_header Docker-Content-Digest $digest;
 }}
 location ~ ^/v2/.+/manifests/.+[.]sig$ {{ default_type {manifest_type}; }}
+location ~ "^/v2/.+/manifests/(sha256:)?(?<image>[0-9a-f]{{64}})$" {{
+    default_type {manifest_type};
+    add_header Docker-Content-Digest sha256:$image;
+}}
 location ~ ^/v2/.+/manifests/ {{
     default_type {manifest_type};
     add_header Docker-Content-Digest {manifest_digest};
@@ -89,6 +94,25 @@ class Content:
     @property
     def path(self) -> str:
         return f"/v2/{REPOSITORY}/blobs/{self.digest}"
+
+    def remove(self) -> None:
+        self.file.unlink()
+
+
+@dataclass(frozen=True)
+class Image(Content):
+    """Its manifest, by a tag, and its layers."""
+
+    tag: str
+    layers: tuple[Content, ...]
+
+    @property
+    def path(self) -> str:
+        return f"/v2/{REPOSITORY}/manifests/{self.tag}"
+
+    def remove(self) -> None:
+        for layer in self.layers:
+            layer.remove()
 
 
 @dataclass(frozen=True)
@@ -109,7 +133,7 @@ class Upstream:
         self._tree = directory / "tree" / "v2" / REPOSITORY
         (self._tree / "blobs").mkdir(parents=True)
         (self._tree / "manifests").mkdir()
-        self.manifest = self._add_manifest()
+        self.image = self.add_image(LAYERS * MIB, TAG)
         self._sign()
         self.port, self.slow_port, self.direct_port, self._status_port = (free_port() for _ in range(4))
         self.link_port, self.tls_port = free_port(), free_port()
@@ -171,22 +195,34 @@ class Upstream:
         gets = [line for line in lines if line[0] == "GET"]
         return Traffic(len(gets), len(lines) - len(gets), sum(int(line[2]) for line in gets))
 
-    def _add_manifest(self) -> Content:
-        def descriptor(kind: str, size: int) -> dict[str, str | int]:
-            blob = self.add_blob(size)
-            return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": blob.digest, "size": size}
+    def add_image(self, size: int, tag: str | None = None) -> Image:
+        """An image that nobody has seen, in LAYERS layers of `size` bytes together.
+
+        Without a tag, the tag is the digest without its algorithm.
+        """
+        layers = tuple(self.add_blob(size // LAYERS) for _ in range(LAYERS))
+        rootfs = {"type": "layers", "diff_ids": [layer.digest for layer in layers]}
+        config = self.add(json.dumps({"architecture": "amd64", "os": "linux", "rootfs": rootfs}).encode())
+
+        def descriptor(kind: str, blob: Content) -> dict[str, str | int]:
+            return {
+                "mediaType": f"application/vnd.oci.image.{kind}",
+                "digest": blob.digest,
+                "size": blob.size,
+            }
 
         content = {
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
-            "config": descriptor("config.v1+json", MIB),
-            "layers": [descriptor("layer.v1.tar+gzip", MIB) for _ in range(5)],
+            "config": descriptor("config.v1+json", config),
+            "layers": [descriptor("layer.v1.tar", layer) for layer in layers],
         }
         body = json.dumps(content, indent=2).encode()
-        digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
-        for name in (TAG, digest):
+        encoded = hashlib.sha256(body).hexdigest()
+        digest, tag = f"sha256:{encoded}", tag or encoded
+        for name in (tag, digest):
             (self._tree / "manifests" / name).write_bytes(body)
-        return Content(digest, len(body), self._tree / "manifests" / digest)
+        return Image(digest, len(body), self._tree / "manifests" / digest, tag, layers)
 
     def _sign(self) -> None:
         """Sign the image in the classic form of cosign, by a key whose public part BENCH_SIGNER names."""
@@ -194,7 +230,7 @@ class Upstream:
         public = self.directory / "signer.pub"
         public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
         os.environ["BENCH_SIGNER"] = str(public)
-        image = {"docker-manifest-digest": self.manifest.digest}
+        image = {"docker-manifest-digest": self.image.digest}
         payload = json.dumps(
             {"critical": {"image": image, "type": "cosign container image signature"}}
         ).encode()
@@ -208,7 +244,7 @@ class Upstream:
             "annotations": {"dev.cosignproject.cosign/signature": signature},
         }
         content = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "layers": [layer]}
-        tag = f"{self.manifest.digest.replace(':', '-')}.sig"
+        tag = f"{self.image.digest.replace(':', '-')}.sig"
         (self._tree / "manifests" / tag).write_text(json.dumps(content))
 
     def _write_configuration(self) -> None:
@@ -222,6 +258,6 @@ class Upstream:
             direct_port=self.direct_port,
             status_port=self._status_port,
         )
-        registry = _REGISTRY.format(manifest_type=MANIFEST_TYPE, manifest_digest=self.manifest.digest)
+        registry = _REGISTRY.format(manifest_type=MANIFEST_TYPE, manifest_digest=self.image.digest)
         (self.directory / "nginx.conf").write_text(main)
         (self.directory / "registry.conf").write_text(registry)

@@ -142,7 +142,7 @@ def test_bottlerocket() -> None:
     assert mirrors == {
         "cache.example:5001": ["http://cache.example:5001"],
         "*": ["http://cache.example:5000"],
-        "docker.io": ["http://cache.example:5000/docker.io"],
+        "docker.io": ["http://cache.example:5000/v2/docker.io"],
     }
     setup = made("bottlerocket", STRICT, every=False, namespaces=("ghcr.io",))
     settings = content(setup, path)["settings"]
@@ -152,6 +152,13 @@ def test_bottlerocket() -> None:
     (bundle,) = settings["pki"].values()
     assert base64.b64decode(bundle["data"]).decode() == PEM and bundle["trusted"] is True
     assert "no setting prevents that" in notes(setup)
+
+
+@pytest.mark.parametrize("client", ["k3s", "rke2", "k3d", "rancher-desktop", "talos", "bottlerocket"])
+def test_a_server_without_tls_has_an_entry_where_no_entry_is_for_all(client: str) -> None:
+    """Without one, containerd asks for its images by https."""
+    few = "".join(each.content for each in made(client, PLAIN, every=False).pieces)
+    assert re.search(r"['\"]?cache\.example:5000['\"]?:\n|registry = \"cache\.example:5000\"", few)
 
 
 @pytest.mark.parametrize(

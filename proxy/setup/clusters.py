@@ -152,8 +152,12 @@ def registries_yaml(site: Site, authority: str) -> str:
 
 
 def endpoints(site: Site) -> dict[str, str]:
-    """The URL to use for each registry: the server's, and for its private registries their own."""
-    names = (EVERY,) if site.every else site.namespaces
+    """The URL to use for each registry: the server's, and for its private registries their own.
+
+    The server is one of them where no entry is for every registry, or else clients use https for its name.
+    """
+    own = (site.host,) if site.plain else ()
+    names = (EVERY,) if site.every else (*site.namespaces, *own)
     return {host: site.url_of(host) for host in site.stores.values()} | dict.fromkeys(names, site.base)
 
 

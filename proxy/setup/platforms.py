@@ -30,8 +30,10 @@ def talos(site: Site) -> Setup:
 
 
 def bottlerocket(site: Site) -> Setup:
-    # Variants for ECS read docker.io alone, those for Kubernetes prefer it to "*".
-    urls = endpoints(site) | ({DOCKER_HUB: site.hub_url} if DOCKER_HUB in site.namespaces else {})
+    # Variants for ECS read docker.io alone, those for Kubernetes prefer it to "*".  To a path, dockerd adds
+    # /v2, but neither containerd nor host-ctr does.
+    hub = site.base if site.hub else f"{site.base}/v2/{DOCKER_HUB}"
+    urls = endpoints(site) | ({DOCKER_HUB: hub} if DOCKER_HUB in site.namespaces else {})
     tables = [
         f"[[settings.container-registry.mirrors]]\nregistry = {json.dumps(name)}\nendpoint = {quoted(url)}\n"
         for name, url in urls.items()

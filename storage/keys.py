@@ -34,6 +34,7 @@ A key is the name of its kind and then its fields, with a space between two of t
     stored <algorithm>/<ab>                     how many blobs a fan-out directory has, and of how many bytes
     counted                                     that everything without a total is empty
     writers                                     who may write the records of a private registry
+    outbox <process> <number>                   an event that the webhooks' queue may not have yet
     identity                                    by which a bucket is known to belong to the records
     remembered <key>                            what is known of a record in a database, if that is lost
     confirmed                                   when all that is remembered was last compared with it
@@ -130,6 +131,7 @@ TOTAL = RecordKind("total", 1)
 STORED = RecordKind("stored", 1)
 COUNTED = RecordKind("counted", 0)
 WRITERS = RecordKind("writers", 0)
+OUTBOX = RecordKind("outbox")
 IDENTITY = RecordKind("identity", 0)
 REMEMBERED = RecordKind("remembered", 1)
 CONFIRMED = RecordKind("confirmed", 0)

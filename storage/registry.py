@@ -18,9 +18,6 @@ from storage.conditions import ALWAYS, Conditions
 from storage.errors import Unsupported
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
 
-# Called when a tag has moved, with the full name of its repository, the tag, the old and the new digest.
-Moved: TypeAlias = Callable[[str, Tag, Digest, Digest], Awaitable[None]]
-
 # Reads into memory, as RawIOBase.readinto(), in any thread; returns how many bytes, 0 if none is there now.
 ReadInto: TypeAlias = Callable[[memoryview], int]
 

@@ -38,6 +38,7 @@ from storage.values import BlobUse, Link, Pointer, StoredManifest, encode_referr
 T = TypeVar("T")
 THREADS = 8  # for remote records
 DeletionCheck: TypeAlias = Callable[[Batch, Sequence[Tag]], None]
+Work: TypeAlias = Callable[[Batch], None]
 
 
 class Store(Registry):
@@ -245,7 +246,7 @@ class Store(Registry):
         manifest: Manifest,
         tags: Sequence[Tag] = (),
         when: Conditions = ALWAYS,
-        allowed: Callable[[Batch], None] | None = None,
+        allowed: Work | None = None,
     ) -> Descriptor:
         """Store the manifest and its tags in one transaction.
 
@@ -268,13 +269,7 @@ class Store(Registry):
             return self.manifest(repository, reference)[0].digest
         return None
 
-    def _push(
-        self,
-        repository: str,
-        manifest: Manifest,
-        tags: Sequence[Tag],
-        allowed: Callable[[Batch], None] | None,
-    ) -> None:
+    def _push(self, repository: str, manifest: Manifest, tags: Sequence[Tag], allowed: Work | None) -> None:
         def work(batch: Batch) -> None:
             if allowed is not None:
                 allowed(batch)
@@ -343,11 +338,17 @@ class Store(Registry):
         """The tags that point to the manifest."""
         return [Tag(TAG.parse(key)[1]) for key in batch.tags_at(repository, digest)]
 
-    async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
+    async def delete_blob(
+        self, repository: str, digest: Digest, when: Conditions = ALWAYS, also: Work | None = None
+    ) -> None:
+        """`also` is called in the transaction."""
+
         def work(batch: Batch) -> None:
             if not batch.delete(LINK.key(repository, digest)):
                 raise BlobUnknown(f"{repository} has no blob {digest}")
             when.check(digest)
+            if also is not None:
+                also(batch)
 
         await self.run(self.records.transaction, work, True)
 

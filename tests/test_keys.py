@@ -69,6 +69,7 @@ def test_a_key_begins_with_each_of_its_prefixes(found: tuple[RecordKind, list[st
         (keys.LEFTOVER.key("sha256/00/00.1"), "leftover sha256/00/00.1"),
         (keys.WARMING.key("00"), "warmed 00"),
         (keys.COLLECTED.key(), "collected"),
+        (keys.OUTBOX.key("00", "1"), "outbox 00 1"),
         (keys.EVENT.key("hook", "1"), "event hook 1"),
         (keys.PENDING.key("hook"), "pending hook"),
         (keys.WEBHOOK.key("hook"), "webhook hook"),

@@ -45,7 +45,7 @@ KINDS = {each.name: each for each in vars(keys).values() if isinstance(each, Rec
 COPIED = {
     *("tag", "manifest", "link", "blobs", "referrers", "listing", "pushed", "lease", "pulled", "watched"),
     *("use", "moves", "resolved", "asked", "override", "held", "stats", "scrub", "warmed", "collected"),
-    *("total", "stored", "counted"),
+    *("total", "stored", "counted", "outbox"),
 }
 MADE_ANEW = {"object", "leftover", "upload", "writers", "identity"}
 OF_A_SERVER = {"pin", "signing", "apikey", "keyused"}  # wherever it keeps them: see EngineMoves.settle

@@ -209,7 +209,8 @@ def test_a_server_loads_nothing_large_that_its_configuration_does_not_use(tmp_pa
     namespaces = "{local: {store: {}}, docker.io: {upstream: 'https://a.example'}}"
     (tmp_path / "entrepot.yml").write_text(f"disk: {{path: {tmp_path}}}\nnamespaces: {namespaces}\n")
     unused = {"bcrypt", "cryptography", "jinja2", "joserfc", "obstore", "opentelemetry", "psycopg", "redis"}
-    unused |= {"proxy.admin", "proxy.ui", "proxy.webhooks.delivery", "proxy.webhooks.publisher"}
+    unused |= {"proxy.admin", "proxy.ui"}
+    unused |= {"proxy.webhooks.delivery", "proxy.webhooks.outbox", "proxy.webhooks.publisher"}
     unused |= {"rich", "proxy.cli.content", "proxy.cli.context"}
     program = (
         "import sys; from pathlib import Path\n"

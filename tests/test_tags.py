@@ -19,7 +19,9 @@ from proxy.cache.tags import TagRevalidation
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import ManifestUnknown, NameUnknown, OriginDenied, OriginFailed, RegistryError
+from storage.keys import OUTBOX
 from storage.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference, Tag
+from storage.records import Batch
 from storage.registry import Registry
 from storage.store import Store
 from tests.conftest import Clock
@@ -83,9 +85,12 @@ class Rig:
     ) -> TagRevalidation:
         policy = Policy(lambda tag: fresh_for, offline=offline, drop_deleted=drop, revalidate_timeout=timeout)
         origin = Origin("up", self.origin, self.store, policy, self.clock, Drill(self.clock))
-        return TagRevalidation(origin, self.store, policy, self.clock, self.moved)
+        return TagRevalidation(origin, self.store, policy, self.clock, self)
 
-    async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+    def record(self, batch: Batch, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+        batch.put(OUTBOX.key(str(tag), "1"), f"{repository} {old} {new}".encode())
+
+    async def tell(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         self.moves.append((f"{repository}:{tag}", old, new))
 
 
@@ -113,6 +118,8 @@ async def test_a_tag_that_moved_is_a_miss_and_reported(rig: Rig) -> None:
     rig.clock.advance(FRESH)
     assert await tags.get("a/b", LATEST) == Answered(TWO, "miss", 0.0, FRESH)
     assert rig.moves == [("up/a/b:latest", ONE.digest, TWO.digest)]
+    recorded = rig.store.records.get(OUTBOX.key("latest", "1"))
+    assert recorded == f"up/a/b {ONE.digest} {TWO.digest}".encode()
 
 
 async def test_a_stale_tag_says_why_and_the_origin_has_a_pause(rig: Rig) -> None:

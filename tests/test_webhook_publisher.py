@@ -15,7 +15,7 @@ from proxy.config.values import Secret, parse_pattern
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
 from proxy.webhooks import publisher as module
-from proxy.webhooks.event import Event, EventAction
+from proxy.webhooks.event import Event, EventAction, about_tag
 from proxy.webhooks.publisher import Publisher
 from proxy.webhooks.queue import Queue
 from storage.disk.records import SQLiteRecords
@@ -146,7 +146,7 @@ async def test_filters(disk: Disk, keys: dict[str, Any], told: list[str]) -> Non
     names = ["push", "blob", "move", "delete"]
     await publisher.publish(happening(0, media_type=kind))
     await publisher.publish(happening(1, media_type="application/octet-stream"))
-    await publisher.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
+    await publisher.publish(about_tag("move", 7.0, "docker.io/library/alpine", Tag("3"), OLD, NEW))
     await publisher.publish(happening(3, "delete"))
     found = [each.event for each in disk.read("a", "", 9)]
     assert [each.action if each and each.id != "1" else "blob" for each in found] == told
@@ -155,8 +155,8 @@ async def test_filters(disk: Disk, keys: dict[str, Any], told: list[str]) -> Non
 
 
 async def test_a_move_says_from_where_to_where(disk: Disk, clock: Clock) -> None:
-    publisher = Publisher(disk, [webhook()], Metrics(), clock)
-    await publisher.moved("docker.io/library/alpine", Tag("3"), OLD, NEW)
+    publisher = Publisher(disk, [webhook()], Metrics())
+    await publisher.publish(about_tag("move", clock(), "docker.io/library/alpine", Tag("3"), OLD, NEW))
     (event,) = disk.read("a", "", 9)
     found = event.event
     assert found is not None

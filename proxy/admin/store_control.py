@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 
 import structlog
 
 from proxy.admin.reports import Deleted, KeptRow, Tagged
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import FieldInvalid, ImageReference
-from proxy.webhooks.event import Event
+from proxy.webhooks.event import Event, causing, deletion
 from storage.concurrency import run_in_thread
 from storage.errors import Unsupported
 from storage.graph import contents
-from storage.maintenance.deletion import Deletion, DeletionReport, DeletionRequest
+from storage.maintenance.deletion import Deletion, DeletionRequest
 from storage.maintenance.leases import Leases
 from storage.maintenance.pins import Pin
 from storage.names import is_glob, literal_prefix
 from storage.oci import Digest, Manifest, Tag
+from storage.records import Batch
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -55,11 +57,12 @@ class StoreControl:
             raise FieldInvalid("pattern", "older_than and keep choose among tags, and this names digests")
         store = self._store(_namespace(pattern), f": entrepot purge {pattern.pattern}")
         leases = Leases(store, self._parts.config.disk.collect_grace, self._parts.clock)
-        deletion = Deletion(store, leases, self._immutable, self._parts.clock)
+        work = Deletion(store, leases, self._immutable, self._parts.clock, self._record_deletions)
         request = DeletionRequest(pattern, older_than, keep)
-        found = await run_in_thread(deletion.run, request, dry_run)
+        found = await run_in_thread(work.run, request, dry_run)
         if not dry_run and found.references:
-            await self._publish_deletions(found)
+            if self._parts.outbox is not None:
+                await self._parts.outbox.flush()
             counts = {"references": len(found.references), "manifests": found.manifests}
             log.info("delete.done", pattern=pattern.pattern, **counts, blobs=found.blobs, bytes=found.bytes)
         return Deleted(
@@ -75,18 +78,16 @@ class StoreControl:
         hosting = self._parts.config.hosted().get(repository.partition("/")[0])
         return () if hosting is None else hosting.immutable_tags
 
-    async def _publish_deletions(self, found: DeletionReport) -> None:
-        for each in found.references:
+    def _record_deletions(self, batch: Batch, references: Sequence[str]) -> None:
+        if (outbox := self._parts.outbox) is None:
+            return
+        now = self._parts.clock()
+        for each in references:
             repository, _, digest = each.partition("@")
             tag = ""
             if not digest:
                 repository, _, tag = each.rpartition(":")
-            if self._parts.publisher is not None:
-                await self._parts.publisher.deleted(repository, tag, digest)
-
-    async def _publish(self, event: Event) -> None:
-        if self._parts.publisher is not None:
-            await self._parts.publisher.publish(event)
+            outbox.record(batch, [deletion(now, repository, tag, digest)])
 
     # Tags
 
@@ -100,7 +101,6 @@ class StoreControl:
         copied = 0
         if source.repository != target.repository:
             copied = await self._copy(store, source, target, manifest)
-        await namespaces.push_manifest(target.repository, target.reference, manifest)
         event = Event(
             id=str(uuid.uuid4()),
             at=self._parts.clock(),
@@ -112,7 +112,8 @@ class StoreControl:
             size=len(manifest.content),
             tag=str(target.reference),
         )
-        await self._publish(event)
+        with causing([event]):  # the private registry records it with the push, and publishes it
+            await namespaces.push_manifest(target.repository, target.reference, manifest)
         former = None if pointer is None or pointer.digest == manifest.digest else str(pointer.digest)
         log.info("tag.set", repository=target.repository, tag=target.reference, digest=str(manifest.digest))
         return Tagged(

@@ -21,6 +21,7 @@ from proxy.cache.origin import CheckedRegistry, Origin
 from proxy.cache.policy import Policy
 from proxy.cache.readers import BlobSource, UncachedBlob
 from proxy.cache.shared_tier import SharedTier
+from proxy.cache.tag_moves import TagMoves
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import current
 from storage.disk.blobs import TOUCH
@@ -30,7 +31,7 @@ from storage.errors import BlobUnknown, ManifestUnknown, RangeInvalid, StorageFa
 from storage.held import held_blob, held_manifest
 from storage.keys import MANIFEST
 from storage.oci import Descriptor, Digest, Manifest, Reference, Span, Tag
-from storage.registry import Blob, Held, Located, Moved, Registry, Validity
+from storage.registry import Blob, Held, Located, Registry, Validity
 from storage.store import Store
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Cache(Registry):
         fills: Fills,
         policy: Policy,
         clock: Callable[[], float] = time.time,
-        moved: Moved | None = None,
+        moved: TagMoves | None = None,
         drill: Drill | None = None,
     ) -> None:
         self._namespace = namespace

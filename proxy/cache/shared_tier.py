@@ -22,6 +22,7 @@ from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin, Vouched
 from proxy.cache.policy import Policy
 from proxy.cache.shared_store import BucketRest, SharedStore
+from proxy.cache.tag_moves import TagMoves
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import origin_age
 from storage.errors import (
@@ -33,7 +34,7 @@ from storage.errors import (
     Unavailable,
 )
 from storage.oci import Descriptor, Digest, Manifest, ManifestContent, Reference, Span, Tag
-from storage.registry import Blob, Located, Moved, Registry
+from storage.registry import Blob, Located, Registry
 
 _ILL = (StorageFailed, Unavailable)  # of the database, and of the bucket
 
@@ -53,7 +54,7 @@ class SharedTier(Registry):
         policy: Policy,
         clock: Callable[[], float] = time.time,
         drill: Drill | None = None,
-        moved: Moved | None = None,
+        moved: TagMoves | None = None,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self.upstream = upstream

@@ -18,6 +18,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin, Vouched
 from proxy.cache.policy import Policy
+from proxy.cache.tag_moves import TagMoves
 from proxy.telemetry.exchange import origin_age, past_owners
 from storage.errors import (
     ManifestUnknown,
@@ -30,7 +31,8 @@ from storage.errors import (
 from storage.held import held_manifest
 from storage.keys import TAG
 from storage.oci import Digest, Manifest, Tag
-from storage.registry import Held, Moved, Validity
+from storage.records import Batch
+from storage.registry import Held, Validity
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -63,7 +65,7 @@ class _Validated(NamedTuple):
 class TagRevalidation:
     """What a tag stands for, revalidated when it is no longer fresh.
 
-    `moved` is called when a tag turns out to stand for another manifest than before.
+    `moved` is told when a tag turns out to stand for another manifest than before.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class TagRevalidation:
         store: Store,
         policy: Policy,
         clock: Callable[[], float],
-        moved: Moved | None = None,
+        moved: TagMoves | None = None,
     ) -> None:
         self._origin = origin
         self._store = store
@@ -229,13 +231,18 @@ class TagRevalidation:
             manifest = new.manifest or await self._origin.registry.get_manifest(repository, new.digest)
         except ManifestUnknown:  # it has moved again, and the manifest in between is deleted
             manifest = await self._origin.registry.get_manifest(repository, tag)
-        await self._origin.keep(self._store.push_manifest(name, tag, manifest))
+
+        def moving(batch: Batch) -> None:
+            if self._moved is not None:
+                self._moved.record(batch, name, tag, old, manifest.digest)
+
+        await self._origin.keep(self._store.push_manifest(name, tag, manifest, allowed=moving))
         namespace = self._origin.namespace
         log.info(
             "tag.moved", namespace=namespace, repository=repository, tag=tag, old=old, new=manifest.digest
         )
         if self._moved is not None:
-            await self._moved(name, tag, old, manifest.digest)
+            await self._moved.tell(name, tag, old, manifest.digest)
         return manifest
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -22,6 +21,7 @@ from proxy.cache.fills import Fills
 from proxy.cache.policy import Policy, Threshold
 from proxy.cache.shared_store import SharedStore
 from proxy.cache.shared_tier import SharedTier
+from proxy.cache.tag_moves import TagMoves
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY, registry_host
 from proxy.config.schema import Config, NamespaceConfig
@@ -30,7 +30,6 @@ from proxy.extensions.extension import Extensions
 from proxy.namespaces.routing import Member
 from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
-from proxy.telemetry.usage_recorder import UsageRecorder
 from proxy.upstream.client import UpstreamRegistry
 from proxy.upstream.configured import connect_of, credentials_of
 from proxy.upstream.extended import ExtendedUpstream
@@ -40,13 +39,10 @@ from proxy.upstream.peers import Owners, Peers
 from proxy.upstream.requests import UpstreamSettings
 from storage.errors import Unavailable
 from storage.limits import RateLimit
-from storage.oci import Digest, NameGrammar, Tag
-from storage.registry import Moved, Registry
+from storage.oci import NameGrammar
+from storage.registry import Registry
 from storage.shared import SharedState
 from storage.store import Store
-
-if TYPE_CHECKING:  # only a server with webhooks imports them
-    from proxy.webhooks.publisher import Publisher
 
 log = structlog.get_logger()
 
@@ -57,8 +53,8 @@ IDLE = 300.0  # seconds after its last request until the cache of a host may mak
 class CacheFactory:
     """Makes caches over one store; if several servers share a store, before that.
 
-    tag_moved: is called when a cache learns that a tag moved
-    moved_upstream: and when one of several servers does, from the upstream
+    moves: is told when a cache learns that a tag moved
+    moves_upstream: and when one of several servers does, from the upstream
     """
 
     config: Config
@@ -68,8 +64,8 @@ class CacheFactory:
     store: Store
     common: SharedStore | None
     fills: Fills
-    tag_moved: Moved
-    moved_upstream: Moved | None
+    moves: TagMoves
+    moves_upstream: TagMoves | None
     drill: Drill
     listings: ListingMemory
     guard: PolicyGuard
@@ -89,11 +85,11 @@ class CacheFactory:
     def _cache(self, name: str, origin: Registry, settings: NamespaceConfig) -> Cache:
         policy = self._policy(settings)
         if self.common is None:
-            return Cache(name, origin, self.store, self.fills, policy, self.clock, self.tag_moved, self.drill)
+            return Cache(name, origin, self.store, self.fills, policy, self.clock, self.moves, self.drill)
         else:
-            tier = SharedTier(name, origin, self.common, policy, self.clock, self.drill, self.moved_upstream)
+            tier = SharedTier(name, origin, self.common, policy, self.clock, self.drill, self.moves_upstream)
             local = before_shared(policy)
-            return Cache(name, tier, self.store, self.fills, local, self.clock, self.tag_moved)
+            return Cache(name, tier, self.store, self.fills, local, self.clock, self.moves)
 
     def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
         """One for each URL.  Raises StartError if a file that they need cannot be read."""
@@ -291,19 +287,3 @@ class Caches:
                 closing.push_async_callback(each.close)
             if self.others is not None:
                 closing.push_async_callback(self.others.close)
-
-
-def tag_moved_of(recorder: UsageRecorder, publisher: Publisher | None, at_once: bool) -> Moved:
-    """Records and publishes that a tag of a cache moved.
-
-    at_once: what a tag led to before is recorded at once, since digests are judged by that
-    """
-
-    async def tag_moved(repository: str, tag: Tag, old: Digest, new: Digest) -> None:
-        recorder.moved(repository, tag, old, new)
-        if at_once:
-            await recorder.flush()
-        if publisher is not None:
-            await publisher.moved(repository, tag, old, new)
-
-    return tag_moved

@@ -27,13 +27,15 @@ from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.extensions.extension import Extensions
-from proxy.namespaces.caches import CacheFactory, Caches, tag_moved_of
+from proxy.namespaces.caches import CacheFactory, Caches
 from proxy.namespaces.engines import shared_caches, signed_objects
 from proxy.namespaces.hooks import NONE, Hooks
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
 from proxy.namespaces.routing import Member, Namespaces
+from proxy.namespaces.told_moves import ToldMoves
 from proxy.namespaces.upkeep import Maintenance, MaintenanceFactory, leases
+from proxy.namespaces.webhook_parts import outboxes_of, queue_and_publisher
 from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
@@ -51,11 +53,11 @@ from storage.maintenance.pins import Pin, Pins
 from storage.maintenance.pull_journal import PullJournal
 from storage.maintenance.pulls import Pulls
 from storage.maintenance.usage import Usage
-from storage.registry import Moved
 from storage.shared import SharedState
 from storage.store import Store
 
 if TYPE_CHECKING:  # only a server with webhooks imports them
+    from proxy.webhooks.outbox import Outbox
     from proxy.webhooks.publisher import Publisher
     from proxy.webhooks.queue import Queue
 
@@ -69,7 +71,8 @@ class Composition:
     common, deposits: the store that the caches of several servers share, and what hands blobs over to it
     disks: the state of each directory and database that the parts write to
     shared: what all processes of the server know
-    tag_moved: records and publishes that a tag of a cache moved
+    outbox, outboxes: what tells webhooks of the private registry, and of all stores
+    moves: records and publishes that a tag of a cache moved
     peers: the other replicas of the fleet, if it is one
     extensions: those that the configuration names; those of its parts are loaded
     upstreams, caches, hosted: by namespace; of several upstreams the last, whose answer is final.  Those of a
@@ -90,7 +93,9 @@ class Composition:
     recorder: UsageRecorder
     queue: Queue | None
     publisher: Publisher | None
-    tag_moved: Moved
+    outbox: Outbox | None
+    outboxes: list[Outbox]
+    moves: ToldMoves
     drill: Drill
     fills: Fills
     peers: Peers | None
@@ -184,7 +189,8 @@ class _Composer:
         fills = self._fills(store, deposits)
         copies = self._copies(store, fills)
         private = self._private(copies, store)
-        tag_moved = tag_moved_of(recorder, publisher, config.policy.active)
+        outboxes = outbox, cached, upstream = self._outboxes(publisher, private, store, common)
+        moves = ToldMoves(recorder, cached, config.policy.active, clock)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
         guard = PolicyGuard(config, store, clock, self._metrics, held, self._extensions)
@@ -196,8 +202,8 @@ class _Composer:
             store=store,
             common=common,
             fills=fills,
-            tag_moved=tag_moved if common is None else tag_moved_of(recorder, None, config.policy.active),
-            moved_upstream=publisher.moved if publisher else None,
+            moves=moves if common is None else ToldMoves(recorder, None, config.policy.active),
+            moves_upstream=ToldMoves(None, upstream, clock=clock),
             drill=drill,
             listings=self._listings,
             guard=guard,
@@ -205,9 +211,12 @@ class _Composer:
             peers=peers,
         )
         made = self._caches(factory)
-        hosted = self._hosted(private, publisher, copies) if private else {}
+        hosted = self._hosted(private, outbox, copies) if private else {}
         namespaces = self._namespaces(store, private, guard, made, hosted)
         pins = self._pins(store, private, common)
+        upkeep = MaintenanceFactory(
+            config=config, clock=clock, metrics=self._metrics, pause=self._hooks.pause, pins=pins
+        )
         return Composition(
             config=config,
             clock=clock,
@@ -223,7 +232,9 @@ class _Composer:
             recorder=recorder,
             queue=queue,
             publisher=publisher,
-            tag_moved=tag_moved,
+            outbox=outbox,
+            outboxes=[each for each in outboxes if each is not None],
+            moves=moves,
             drill=drill,
             fills=fills,
             peers=peers,
@@ -234,7 +245,7 @@ class _Composer:
             guard=guard,
             extensions=self._extensions,
             pins=pins,
-            maintenance=self._maintenance(store, private, namespaces, pins, publisher, common),
+            maintenance=upkeep.make(store, private, namespaces, outbox, common),
             closing=self._closing,
         )
 
@@ -318,20 +329,22 @@ class _Composer:
         return usage, recorder
 
     def _webhooks(self) -> tuple[Queue, Publisher] | tuple[None, None]:
-        webhooks, root = self._config.webhooks, self._config.disk.path / "events"
-        if not webhooks:
+        if not self._config.webhooks:
             return None, None
-        from proxy.webhooks.publisher import Publisher
-        from proxy.webhooks.queue import Queue
-
-        disk = DiskHealth(root, self._clock, self._troubles)
+        disk = DiskHealth(self._config.disk.path / "events", self._clock, self._troubles)
         self._disks.append(disk)
-        queue = Queue(SQLiteRecords(root / "records", self._clock, disk, durable=True), self._clock)
+        given = self._config, disk, self._clock, self._metrics, self._hooks.wake
+        queue, publisher = queue_and_publisher(*given)
         self._closing.callback(queue.close)
         self._failed.callback(queue.close)
-        publisher = Publisher(queue, webhooks, self._metrics, self._clock, self._hooks.wake)
         self._closing.push_async_callback(publisher.close)
         return queue, publisher
+
+    def _outboxes(self, publisher: Publisher | None, *stores: Store | None) -> list[Outbox | None]:
+        made = outboxes_of(stores, publisher, self._clock)
+        for each in filter(None, made):
+            self._closing.push_async_callback(each.close)
+        return made
 
     # Registries
 
@@ -342,7 +355,7 @@ class _Composer:
         total, key_of = max(1, self._config.limits.fills // part), self._config.key_of
         return ClientSlots(total, each, self._shared, key_of, kind)
 
-    def _hosted(self, store: Store, publisher: Publisher | None, copies: BlobCopies) -> dict[str, Hosted]:
+    def _hosted(self, store: Store, outbox: Outbox | None, copies: BlobCopies) -> dict[str, Hosted]:
         pulls = Pulls(store, self._clock)
         return {
             name: Hosted(
@@ -352,7 +365,7 @@ class _Composer:
                 PushRules(each.sparse, each.immutable_tags),
                 pulls,
                 self._hooks.make_room,
-                moved=publisher.moved if publisher else None,
+                outbox=outbox,
                 clock=self._clock,
                 copies=copies,
             )
@@ -378,22 +391,3 @@ class _Composer:
         ]
         catalogs = [guard.catalog(each) for each in (store, private) if each is not None]
         return Namespaces(members, self._config.default_namespace, catalogs, others=made.others)
-
-    def _maintenance(
-        self,
-        store: Store,
-        private: Store | None,
-        namespaces: Namespaces,
-        pins: Pins,
-        publisher: Publisher | None,
-        common: SharedStore | None,
-    ) -> Maintenance:
-        factory = MaintenanceFactory(
-            config=self._config,
-            clock=self._clock,
-            metrics=self._metrics,
-            pause=self._hooks.pause,
-            pins=pins,
-        )
-        made = factory.make(store, private, namespaces, publisher)
-        return made if common is None else factory.shared(made, store, common)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from proxy.cache.copies import BlobCopies
+from proxy.namespaces.pushed import checked
 from proxy.telemetry.exchange import current, in_exchange
+from proxy.webhooks.event import about_tag, take_caused
 from storage.concurrency import run_sized
 from storage.conditions import ALWAYS, Conditions
 from storage.disk.health import MakeRoom, make_no_room
@@ -25,12 +28,6 @@ from storage.maintenance.leases import Leases
 from storage.maintenance.pulls import Pulls
 from storage.maintenance.usage import Move, record_move
 from storage.oci import (
-    ARTIFACTS,
-    IMAGES,
-    INDEXES,
-    MANIFESTS,
-    OCI_INDEX,
-    OCI_MANIFEST,
     Descriptor,
     Digest,
     Manifest,
@@ -38,9 +35,6 @@ from storage.oci import (
     Reference,
     Span,
     Tag,
-    declared_type,
-    key_collision,
-    parse_manifest,
 )
 from storage.records import Batch, Records
 from storage.registry import (
@@ -48,7 +42,6 @@ from storage.registry import (
     Blob,
     Held,
     Located,
-    Moved,
     Registry,
     Upload,
     Validity,
@@ -56,19 +49,12 @@ from storage.registry import (
     referrers_page,
 )
 from storage.store import Store
-from storage.validation import validate
 from storage.values import Pointer
 
+if TYPE_CHECKING:  # only a server with webhooks imports it
+    from proxy.webhooks.outbox import Outbox
+
 ROOM = 1 << 30  # bytes that are made free for an upload of unknown size
-# RFC 6838, section 4.2.
-_MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
-# Types that clients set by default or by mistake, and types of files: no manifest has one of them.
-_GENERAL = re.compile(
-    r"(?:text|image|audio|video|font|model|message|multipart)/.*"
-    r"|application/(?:octet-stream|json|x-www-form-urlencoded|(?:x-)?javascript|ecmascript|(?:[a-z.]*\+)?xml"
-    r"|pdf|x-sh|x-tar|gzip|x-gzip|zip|zstd|x-binary|binary|wasm|x-shockwave-flash)",
-    re.IGNORECASE,
-)
 OUTDATED = "the database of this registry cannot be reached: this is what was known here before"
 _MISSING = 100  # digests that an error names at most
 
@@ -92,7 +78,7 @@ class Hosted(Registry):
 
     pulls: records the pulls of tags
     make_room: is called before an upload for which the disk has no room
-    moved: is called after a tag moved
+    outbox: records what webhooks are told of
     copies: keeps what is pulled from a bucket here
     """
 
@@ -104,7 +90,7 @@ class Hosted(Registry):
         rules: PushRules = PushRules(),
         pulls: Pulls | None = None,
         make_room: MakeRoom = make_no_room,
-        moved: Moved | None = None,
+        outbox: Outbox | None = None,
         clock: Callable[[], float] = time.time,
         copies: BlobCopies | None = None,
     ) -> None:
@@ -114,7 +100,7 @@ class Hosted(Registry):
         self._rules = rules
         self._pulls = pulls
         self._make_room = make_room
-        self._moved = moved
+        self._outbox = outbox
         self._clock = clock
         self._copies = copies
         self._indexes = IndexEntries()
@@ -276,31 +262,31 @@ class Hosted(Registry):
     ) -> Descriptor:
         """Raises Denied if a tag is immutable and would move."""
         name = self._full(repository)
-        content = await run_sized(len(manifest.content), _checked, manifest)
+        content = await run_sized(len(manifest.content), checked, manifest)
         digest = reference if isinstance(reference, Digest) else manifest.digest
         pushed = [*([reference] if isinstance(reference, Tag) else []), *tags]
-        moved: dict[Tag, Digest] = {}  # from where
+        record, flush = self._recording()
 
         def allowed(batch: Batch) -> None:
             if content is not None and not self._rules.sparse:
                 self._check_complete(batch, name, content)
-            moved.clear()
             for tag in pushed:
-                if (former := self.retag(batch, repository, tag, digest)) is not None:
-                    moved[tag] = former
+                self.retag(batch, repository, tag, digest)
+            record(batch)
 
         descriptor = await self._store.push_manifest(name, reference, manifest, tags, when, allowed)
-        if self._moved is not None:
-            for tag, former in moved.items():
-                await self._moved(name, tag, former, digest)
+        await flush()
         return descriptor
 
     async def delete_blob(self, repository: str, digest: Digest, when: Conditions = ALWAYS) -> None:
-        await self._store.delete_blob(self._full(repository), digest, when)
+        record, flush = self._recording()
+        await self._store.delete_blob(self._full(repository), digest, when, record)
+        await flush()
 
     async def delete_manifest(self, repository: str, reference: Reference, when: Conditions = ALWAYS) -> None:
         """Raises Denied if a tag that would be deleted is immutable."""
         name = self._full(repository)
+        record, flush = self._recording()
 
         def allowed(batch: Batch, tags: Sequence[Tag]) -> None:
             for tag in tags:
@@ -311,8 +297,19 @@ class Hosted(Registry):
                     self._leases.untagged(batch, name, pointer.digest)
             if isinstance(reference, Digest):
                 self._leases.drop(batch, name, reference)
+            kind = MANIFEST if isinstance(reference, Digest) else TAG
+            if batch.get(kind.key(name, reference)) is not None:
+                record(batch)
 
         await self._store.delete_manifest(name, reference, when, allowed)
+        await flush()
+
+    def _recording(self) -> tuple[Callable[[Batch], None], Callable[[], Awaitable[None]]]:
+        """What a transaction of this context calls, to record its events; and what is called after it."""
+        if (outbox := self._outbox) is None:
+            return _record_nothing, _flush_nothing
+        events = take_caused()
+        return lambda batch: outbox.record(batch, events), outbox.flush
 
     def _check_complete(self, batch: Batch, name: str, content: ManifestContent) -> None:
         def stored(digest: Digest) -> bool:
@@ -346,12 +343,15 @@ class Hosted(Registry):
     def retag(self, batch: Batch, repository: str, tag: Tag, digest: Digest) -> Digest | None:
         """check_tag() for a transaction that moves the tag: the digest that it had gets a lease.
 
-        The move is recorded, since a policy judges digests by the tags that led to them.
+        The move is recorded, for webhooks, and since a policy judges digests by the tags that led to them.
         """
         former, name = self.check_tag(batch, repository, tag, digest), self._full(repository)
         if former is not None:
             self._leases.untagged(batch, name, former)
-            record_move(batch, name, tag, Move(self._clock(), former, digest))
+            now = self._clock()
+            record_move(batch, name, tag, Move(now, former, digest))
+            if self._outbox is not None:
+                self._outbox.record(batch, [about_tag("move", now, name, tag, former, digest)])
         return former
 
     def _check_mutable(self, repository: str, tag: Tag) -> None:
@@ -359,42 +359,9 @@ class Hosted(Registry):
             raise Denied(f"tag {tag} of {self._full(repository)} is immutable (store.immutable_tags)")
 
 
-def _collides(content: bytes) -> bool:
-    try:
-        return key_collision(content) is not None
-    except (ValueError, RecursionError):
-        return False  # it is no JSON
+def _record_nothing(batch: Batch) -> None:
+    pass
 
 
-def _checked(manifest: Manifest) -> ManifestContent | None:
-    """Parse a pushed manifest.  None if its type and its form are unknown.  Raises ManifestInvalid."""
-    media_type, declared = manifest.media_type, declared_type(manifest.content)
-    if not media_type:
-        raise ManifestInvalid("it was sent without a Content-Type, and has no mediaType")
-    if declared not in (None, media_type):
-        raise ManifestInvalid(
-            f"its mediaType is {declared[:200]}, but its Content-Type is {media_type[:200]}"
-        )
-    if not _MEDIA_TYPE.fullmatch(media_type) or _GENERAL.fullmatch(media_type):
-        raise ManifestInvalid(
-            f"its Content-Type is {media_type[:200]}, which is no manifest's: send for example {OCI_MANIFEST}"
-        )
-    known = media_type in MANIFESTS
-    try:
-        content = parse_manifest(manifest.content)
-    except ManifestInvalid:
-        if known or _collides(manifest.content):
-            raise
-        return None
-    if known:
-        validate(media_type, manifest.content)
-    # What has the forms of an image and of an index is read differently by different clients.
-    if media_type in IMAGES and (content.listed or content.media_type == OCI_INDEX):
-        raise ManifestInvalid(f"it lists manifests, as an index does, but its Content-Type is {media_type}")
-    if media_type in INDEXES and (content.config or content.layers):
-        raise ManifestInvalid(
-            f"it has a config or layers, as an image does, but its Content-Type is {media_type}"
-        )
-    if media_type in ARTIFACTS and content.media_type not in ARTIFACTS and (content.blobs or content.listed):
-        raise ManifestInvalid(f"it has the form of an image or index, but its Content-Type is {media_type}")
-    return content
+async def _flush_nothing() -> None:
+    pass

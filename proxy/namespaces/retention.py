@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
+from proxy.webhooks.event import deletion
+from storage.maintenance.collection import Telling
 from storage.maintenance.eviction import EvictionRules
 from storage.maintenance.pins import Pins
-from storage.maintenance.retention import ExpiredTag, KeepTags, RetentionRules
+from storage.maintenance.retention import KeepTags, RetentionRules
+from storage.records import Batch
 
 if TYPE_CHECKING:  # only a server with webhooks imports them
-    from proxy.webhooks.publisher import Publisher
+    from proxy.webhooks.outbox import Outbox
 
 
 def eviction_rules(config: Config) -> EvictionRules:
@@ -47,19 +50,21 @@ def retention_rules(config: Config, pins: Pins, repository: str) -> RetentionRul
     return RetentionRules(hosting.keep_untagged_for, tags, hosting.immutable_tags, tuple(pins.list()))
 
 
-def deletions(publisher: Publisher | None) -> Callable[[str, Sequence[ExpiredTag]], None]:
-    """A function that publishes the deletion of tags, for threads of the event loop that runs now.
+class Deletions(Telling):
+    """Tells webhooks of the tags that are deleted, for threads of the event loop that runs now."""
 
-    It returns when the events are queued.
-    """
-    if publisher is None:
-        return lambda repository, tags: None
-    loop = asyncio.get_running_loop()
+    def __init__(self, outbox: Outbox, clock: Callable[[], float]) -> None:
+        self._outbox = outbox
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
 
-    async def publish(repository: str, tags: Sequence[ExpiredTag]) -> None:
-        await asyncio.gather(*(publisher.deleted(repository, each.tag, "") for each in tags))
+    def record(self, batch: Batch, repository: str, tags: Sequence[str]) -> None:
+        now = self._clock()
+        self._outbox.record(batch, [deletion(now, repository, tag) for tag in tags])
 
-    def deleted(repository: str, tags: Sequence[ExpiredTag]) -> None:
-        asyncio.run_coroutine_threadsafe(publish(repository, tags), loop).result()
+    def tell(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._outbox.flush(), self._loop).result()
 
-    return deleted
+
+def deletions(outbox: Outbox | None, clock: Callable[[], float]) -> Telling:
+    return Telling() if outbox is None else Deletions(outbox, clock)

@@ -23,7 +23,7 @@ from storage.maintenance.shared_uses import SharedUses
 from storage.store import Store
 
 if TYPE_CHECKING:  # only a server with webhooks imports them
-    from proxy.webhooks.publisher import Publisher
+    from proxy.webhooks.outbox import Outbox
 
 SCRUBBED = ("cache", "private")  # stores, as metrics name them
 
@@ -67,8 +67,14 @@ class MaintenanceFactory:
     pins: Pins
 
     def make(
-        self, store: Store, private: Store | None, namespaces: Namespaces, publisher: Publisher | None
+        self,
+        store: Store,
+        private: Store | None,
+        namespaces: Namespaces,
+        outbox: Outbox | None,
+        common: SharedStore | None,
     ) -> Maintenance:
+        """`common` is the store that servers share, if there is one; `outbox` is that of `private`."""
         pace = self.config.disk.scrub
         countings = [Counting(each, self.pause) for each in (store, private) if each is not None]
         counted = [partial(self._count_scrubbed, name) for name in SCRUBBED]
@@ -77,18 +83,19 @@ class MaintenanceFactory:
             kept = Scrub(private, pace, self.clock, kept=None, counting=countings[1], counted=counted[1])
             scrubs.append(kept)
         rules = eviction_rules(self.config)
-        return Maintenance(
+        made = Maintenance(
             freshener=Freshener(namespaces, store, self.pins, self.clock),
             eviction=Eviction(
                 store, rules, self.pins.pinned, self.clock, self.pause, countings[0], self._count_evicted
             ),
             countings=countings,
             scrubs=scrubs,
-            collection=None if private is None else self._collection(private, publisher),
+            collection=None if private is None else self._collection(private, outbox),
             shared=None,
         )
+        return made if common is None else self._shared(made, store, common)
 
-    def shared(self, made: Maintenance, store: Store, common: SharedStore) -> Maintenance:
+    def _shared(self, made: Maintenance, store: Store, common: SharedStore) -> Maintenance:
         """With the upkeep of the store that servers share, of which `store` has a part."""
         caches, counting = self.config.shared.caches, Counting(common, self.pause)
         assert caches is not None
@@ -112,7 +119,7 @@ class MaintenanceFactory:
 
         return pinned
 
-    def _collection(self, store: Store, publisher: Publisher | None) -> Collection:
+    def _collection(self, store: Store, outbox: Outbox | None) -> Collection:
         return Collection(
             store,
             partial(retention_rules, self.config, self.pins),
@@ -120,7 +127,7 @@ class MaintenanceFactory:
             self.clock,
             self.pause,
             self._count_collected,
-            deletions(publisher),
+            deletions(outbox, self.clock),
         )
 
     def _count_collected(self, report: CollectionReport) -> None:

@@ -97,6 +97,8 @@ class Housekeeper:
                 work.create_task(self._repeat(self.evict_shared, composition.config.disk.evict_every))
             if self._dispatcher is not None:
                 work.create_task(self._repeat(self._deliver, AGAIN))
+            if composition.outboxes:
+                work.create_task(self._repeat(self._resume, AGAIN))
             if isinstance(composition.private, RememberingStore):
                 every = composition.config.shared.remember_for / 12
                 work.create_task(self._repeat(composition.private.confirm, every))
@@ -215,6 +217,10 @@ class Housekeeper:
     async def _deliver(self) -> None:
         assert self._dispatcher is not None
         await self._dispatcher.run()
+
+    async def _resume(self) -> None:
+        for each in self._composition.outboxes:
+            await each.resume()
 
     async def _refresh(self) -> None:
         await self._fetch(self._composition.maintenance.freshener.run_once)

@@ -186,7 +186,7 @@ class BundleImport:
         namespace, _, relative = repository.partition("/")
         hosted = self._parts.hosted.get(namespace)
         if hosted is None:
-            return ImportTarget(self._parts.store, repository)
+            return ImportTarget(self._parts.store, repository, allowed=self._moving(repository))
 
         def allowed(records: Records | Batch, tag: Tag, digest: Digest) -> None:
             if isinstance(records, Batch):
@@ -196,17 +196,26 @@ class BundleImport:
 
         return ImportTarget(self._parts.store_of(namespace), repository, hosted.sparse, allowed)
 
+    def _moving(self, repository: str) -> Callable[[Records | Batch, Tag, Digest], None]:
+        """What records the moves of tags of a cache."""
+
+        def moving(records: Records | Batch, tag: Tag, digest: Digest) -> None:
+            pointer = self._parts.store.pointer(repository, tag)
+            if isinstance(records, Batch) and pointer is not None and pointer.digest != digest:
+                self._parts.moves.record(records, repository, tag, pointer.digest, digest)
+
+        return moving
+
     async def _settle(self, moved: Sequence[ImportedTag], options: ImportOptions) -> None:
         parts = self._parts
         for target, tag, digest, before in moved:
             cached = target.store is parts.store
-            if before is not None and before != digest:
-                if cached:
-                    await parts.tag_moved(target.repository, tag, before, digest)
-                elif parts.publisher is not None:
-                    await parts.publisher.moved(target.repository, tag, before, digest)
+            if cached and before is not None and before != digest:
+                await parts.moves.tell(target.repository, tag, before, digest)
             if options.pin and cached:
                 await run_in_thread(parts.pins.add, Pin(written(target.repository, tag)))
+        if parts.outbox is not None:
+            await parts.outbox.flush()
 
 
 def _needs_name(root: Root) -> bool:

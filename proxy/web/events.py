@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from aiohttp import web
@@ -13,7 +14,7 @@ from proxy.access.client_address import absolute
 from proxy.telemetry.exchange import Exchange
 from proxy.web.routes import Endpoint, Route, build_location
 from proxy.web.send import LEFT
-from proxy.webhooks.event import ContentKind, Event, EventAction, EventRequest
+from proxy.webhooks.event import ContentKind, Event, EventAction, EventRequest, causing
 from storage.oci import Descriptor, Digest, Tag
 
 _CONTENT = (Endpoint.MANIFEST, Endpoint.BLOB)
@@ -45,8 +46,6 @@ class RequestEvents:
         route: Route,
         exchange: Exchange,
         descriptor: Descriptor | None = None,
-        *,
-        tag: Tag | None = None,
         source: str | None = None,
     ) -> None:
         """Report an action, and return when the response may be sent.  Raises nothing.
@@ -54,7 +53,31 @@ class RequestEvents:
         `source` is the repository that a blob was mounted from.
         """
         if self._reporter is not None:
-            event = self._event(action, kind, request, route, exchange, descriptor, tag, source)
+            event = self._event(action, kind, request, route, exchange, descriptor, None, source)
+            await self._reporter.publish(event)
+
+    @asynccontextmanager
+    async def told(
+        self,
+        action: EventAction,
+        kind: ContentKind,
+        request: web.BaseRequest,
+        route: Route,
+        exchange: Exchange,
+        descriptor: Descriptor | None = None,
+        tags: Sequence[Tag | None] = (None,),
+    ) -> AsyncIterator[None]:
+        """Report an action that is taken in this context, once for each of `tags`.
+
+        A private registry records the events with the action.  Others are reported after it, unless it fails.
+        """
+        if self._reporter is None:
+            yield
+            return
+        parts = action, kind, request, route, exchange, descriptor
+        with causing(self._event(*parts, tag, None) for tag in tags) as left:
+            yield
+        for event in left:
             await self._reporter.publish(event)
 
     def report_pull(self, request: web.BaseRequest, route: Route, exchange: Exchange, status: int) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import NoReturn
 
 from aiohttp import web
@@ -313,12 +314,15 @@ class Push:
         tags: Sequence[Tag],
     ) -> Digest:
         assert route.reference is not None
-        with step("store.write", attributes={"entrepot.digest": manifest.digest}):
-            when = parse_conditions(request)
-            descriptor = await self._registry.push_manifest(name, route.reference, manifest, tags, when)
-        pushed = [route.reference, *tags] if isinstance(route.reference, Tag) else tags
-        for tag in pushed or (None,):
-            await self._events.report("push", "manifest", request, route, exchange, descriptor, tag=tag)
+        reference, named = route.reference, manifest.descriptor
+        if isinstance(reference, Digest):
+            named = replace(named, digest=reference)
+        pushed = [reference, *tags] if isinstance(reference, Tag) else tags
+        about = request, route, exchange, named
+        async with self._events.told("push", "manifest", *about, tags=pushed or (None,)):
+            with step("store.write", attributes={"entrepot.digest": manifest.digest}):
+                when = parse_conditions(request)
+                descriptor = await self._registry.push_manifest(name, reference, manifest, tags, when)
         return descriptor.digest
 
     async def _manifest_body(self, request: web.BaseRequest, exchange: Exchange) -> bytes:
@@ -342,12 +346,13 @@ class Push:
         assert reference is not None
 
         async def delete() -> None:
-            await self._registry.delete_manifest(name, reference, parse_conditions(request))
+            about = request, route, exchange
             if isinstance(reference, Tag):
-                await self._events.report("delete", "tag", request, route, exchange, tag=reference)
+                told = self._events.told("delete", "tag", *about, tags=[reference])
             else:
-                gone = Descriptor("", reference, -1)
-                await self._events.report("delete", "manifest", request, route, exchange, gone)
+                told = self._events.told("delete", "manifest", *about, Descriptor("", reference, -1))
+            async with told:
+                await self._registry.delete_manifest(name, reference, parse_conditions(request))
 
         await uninterrupted(delete())
         return deleted(exchange)
@@ -359,9 +364,9 @@ class Push:
         assert isinstance(digest, Digest)
 
         async def delete() -> None:
-            await self._registry.delete_blob(name, digest, parse_conditions(request))
             gone = Descriptor(OCTETS, digest, -1)
-            await self._events.report("delete", "blob", request, route, exchange, gone)
+            async with self._events.told("delete", "blob", request, route, exchange, gone):
+                await self._registry.delete_blob(name, digest, parse_conditions(request))
 
         await uninterrupted(delete())
         return deleted(exchange)

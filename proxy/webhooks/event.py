@@ -5,9 +5,15 @@ Queued events do not depend on a webhook's format, so the format can be changed 
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, TypeAlias
 
 import msgspec
+
+from storage.oci import Digest, Tag
 
 EventAction: TypeAlias = Literal["push", "pull", "delete", "mount", "move", "hold"]
 ContentKind: TypeAlias = Literal["manifest", "blob", "tag"]
@@ -50,6 +56,58 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     url: str = ""
     actor: str = ""
     request: EventRequest = EventRequest()
+
+
+def about_tag(
+    action: EventAction, at: float, repository: str, tag: Tag, former: Digest, digest: Digest
+) -> Event:
+    """That a tag moved, or is held; `repository` is a full name."""
+    return Event(
+        id=str(uuid.uuid4()),
+        at=at,
+        action=action,
+        kind="tag",
+        repository=repository,
+        tag=str(tag),
+        digest=str(digest),
+        former=str(former),
+    )
+
+
+def deletion(at: float, repository: str, tag: str = "", digest: str = "") -> Event:
+    """That a tag was deleted, or without one a manifest; `repository` is a full name."""
+    return Event(
+        id=str(uuid.uuid4()),
+        at=at,
+        action="delete",
+        kind="tag" if tag else "manifest",
+        repository=repository,
+        digest=digest,
+        tag=tag,
+    )
+
+
+# The events of what this context is about to do.  A registry that records them takes them out of the list.
+_caused: ContextVar[list[Event] | None] = ContextVar("caused", default=None)
+
+
+@contextmanager
+def causing(events: Iterable[Event]) -> Iterator[list[Event]]:
+    """Have a registry record `events` with what is done in this context; returns those left to publish."""
+    left = list(events)
+    token = _caused.set(left)
+    try:
+        yield left
+    finally:
+        _caused.reset(token)
+
+
+def take_caused() -> list[Event]:
+    """The events of what this context does, which the caller records."""
+    caused = _caused.get() or []
+    taken = caused[:]
+    caused.clear()
+    return taken
 
 
 _decode = msgspec.json.Decoder(Event).decode

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
 from proxy.config.webhooks import WebhookConfig
 from proxy.telemetry.metrics import Metrics
-from proxy.webhooks.event import Event, EventAction
+from proxy.webhooks.event import Event, about_tag
 from proxy.webhooks.queue import Queue
 from storage.concurrency import run_in_thread, shielded
 from storage.errors import StorageFailed
@@ -56,50 +55,26 @@ class Publisher:
 
     async def publish(self, event: Event) -> None:
         """Return when the event is in all queues that it belongs to, or is lost.  Raises nothing."""
-        if not self._recipients(event):
+        await self.publish_all([event])
+
+    async def publish_all(self, events: Iterable[Event]) -> None:
+        """publish() for several, which are queued in this order."""
+        if not (wanted := list(filter(self.wanted, events))):
             return
-        self._gathered.append(event)
+        self._gathered += wanted
         if self._written is None:
             self._written = asyncio.get_running_loop().create_future()
         written = self._written
         self._write()
         await shielded(written)
 
-    async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
-        """Publish that a tag moved; `repository` is a full name."""
-        await self._about_tag("move", repository, tag, old, new)
+    def wanted(self, event: Event) -> bool:
+        """Whether it belongs to any queue."""
+        return bool(self._recipients(event))
 
     async def held(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         """Publish that a tag is held at `old`, though its upstream moved it to `new`."""
-        await self._about_tag("hold", repository, tag, old, new)
-
-    async def _about_tag(
-        self, action: EventAction, repository: str, tag: Tag, old: Digest, new: Digest
-    ) -> None:
-        event = Event(
-            id=str(uuid.uuid4()),
-            at=self._clock(),
-            action=action,
-            kind="tag",
-            repository=repository,
-            tag=str(tag),
-            digest=str(new),
-            former=str(old),
-        )
-        await self.publish(event)
-
-    async def deleted(self, repository: str, tag: str, digest: str) -> None:
-        """Publish that a tag was deleted, or without one a manifest; `repository` is a full name."""
-        event = Event(
-            id=str(uuid.uuid4()),
-            at=self._clock(),
-            action="delete",
-            kind="tag" if tag else "manifest",
-            repository=repository,
-            digest=digest,
-            tag=tag,
-        )
-        await self.publish(event)
+        await self.publish(about_tag("hold", self._clock(), repository, tag, old, new))
 
     def publish_later(self, event: Event) -> None:
         """Publish a pull, without waiting until it is written."""

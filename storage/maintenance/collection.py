@@ -97,12 +97,22 @@ class CollectionReport(msgspec.Struct, kw_only=True):
     rows: list[CollectionRow] = []
 
 
+class Telling:
+    """Is told of tags that are removed; this one does nothing."""
+
+    def record(self, batch: Batch, repository: str, tags: Sequence[str]) -> None:
+        """In the transaction that removes them."""
+
+    def tell(self) -> None:
+        """After it, in the same thread."""
+
+
 class Collection:
     """Garbage collection of a private store.  Methods block, and may raise StorageFailed.
 
     Several collections may run at once, in one or many processes.  `rules` returns the retention rules of a
     repository, given by its full name.  `pause` is called with a number of seconds to wait, `done` with every
-    report except those of dry runs, and `expired` with the tags that were just removed from a repository.
+    report except those of dry runs, and `telling` is told of the tags that are removed.
     """
 
     def __init__(
@@ -113,7 +123,7 @@ class Collection:
         clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
         done: Callable[[CollectionReport], None] = lambda report: None,
-        expired: Callable[[str, Sequence[ExpiredTag]], None] = lambda repository, tags: None,
+        telling: Telling | None = None,
     ) -> None:
         self.store = store
         self.rules = rules
@@ -121,7 +131,7 @@ class Collection:
         self.clock = clock
         self.pause = pause
         self.done = done
-        self.expired = expired
+        self.telling = telling or Telling()
         self.watch = Watch(store, clock)
 
     def run(self, dry_run: bool = False) -> CollectionReport:
@@ -255,7 +265,13 @@ class _CollectionRun:
             removals, row.young = marks.removable(rules, self._collection.watch.look(), BATCH)
             return removals
 
-        for removal in self._remove_each(marks, choose, marks.remove):
+        def remove(removal: Removal, batch: Batch) -> bool:
+            removed = marks.remove(removal, batch)
+            if removed and removal.tags:
+                self._collection.telling.record(batch, marks.repository, marks.named(removal)[0])
+            return removed
+
+        for removal in self._remove_each(marks, choose, remove):
             self._tell(sorted(marks.expired(removal.tags), key=attrgetter("pushed_at", "tag")), row)
             marks.forget([removal])
             row.tags += len(removal.tags)
@@ -273,7 +289,7 @@ class _CollectionRun:
                     digest=each.digest,
                     reason=each.reason,
                 )
-            self._collection.expired(row.repository, tags)
+            self._collection.telling.tell()
 
     def _remove_links(self, marks: Reachability, row: CollectionRow) -> None:
         repository, young, removed = marks.repository, 0, list[str]()

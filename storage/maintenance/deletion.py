@@ -9,7 +9,7 @@ refused at its end.  Blobs stay until the next collection, which knows whether a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -76,6 +76,8 @@ class _Choice:
 class Deletion:
     """Deletes from a private store.  Methods block, and may raise StorageFailed.
 
+    `deleted` is called with the references of the report, in the transactions that delete them.
+
     `immutable` returns the patterns of immutable tags of a repository, given by its full name.
     """
 
@@ -85,12 +87,14 @@ class Deletion:
         leases: Leases,
         immutable: Callable[[str], tuple[re.Pattern[str], ...]],
         clock: Callable[[], float],
+        deleted: Callable[[Batch, Sequence[str]], None] = lambda batch, references: None,
     ) -> None:
         self._store = store
         self._records = store.records
         self._leases = leases
         self._immutable = immutable
         self._clock = clock
+        self._deleted = deleted
 
     def run(self, request: DeletionRequest, dry_run: bool = False) -> DeletionReport:
         report = DeletionReport()
@@ -127,6 +131,7 @@ class Deletion:
                 return []
             groups = choice.groups[:GROUPS]
             named.update(self._blobs(marks, groups))
+            self._deleted(batch, _references(marks, groups, choice.digests))
             marks.discard(groups, batch)
             marks.settle(batch)
             return groups
@@ -151,11 +156,8 @@ class Deletion:
     def _report(
         self, marks: Reachability, removed: list[Removal], named: set[str], report: DeletionReport
     ) -> None:
-        """Add the tags, and the manifests that were named or that no tag and no deleted manifest kept."""
-        for tags, manifests in map(marks.named, removed):
-            shown = [*tags, *(each for each in manifests if each in named)]
-            report.references += [written(marks.repository, each) for each in shown or manifests[:1]]
-            report.manifests += len(manifests)
+        report.references += _references(marks, removed, named)
+        report.manifests += sum(len(manifests) for _, manifests in map(marks.named, removed))
 
     def _choose(self, marks: Reachability, request: DeletionRequest) -> _Choice:
         repository, pattern = marks.repository, request.pattern
@@ -202,3 +204,12 @@ class Deletion:
             if found is not None and links.issuperset(linked):
                 freed[digest] = found.size
         return len(freed), sum(freed.values())
+
+
+def _references(marks: Reachability, groups: Sequence[Removal], named: set[str]) -> list[str]:
+    """The tags, and the manifests that were named or that no tag and no deleted manifest kept."""
+    found = []
+    for tags, manifests in map(marks.named, groups):
+        shown = [*tags, *(each for each in manifests if each in named)]
+        found += [written(marks.repository, each) for each in shown or manifests[:1]]
+    return found

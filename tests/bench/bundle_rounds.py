@@ -12,6 +12,7 @@ import msgspec
 
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.routing import Member, Namespaces
+from proxy.namespaces.told_moves import ToldMoves
 from proxy.transfer.bundle_export import BundleExport, Selection, earlier
 from proxy.transfer.bundle_import import BundleImport
 from storage.archives.bundle import BundleContents, BundledReference
@@ -148,8 +149,8 @@ class BundleRounds(Rounds):
         self._number += 1
         place = self._place / f"site-{self._number}"
         store = Store(BlobFiles(place, self.clock), SQLiteRecords(place / "records", self.clock), self.clock)
-        parts: Any = SimpleNamespace(clock=self.clock, store=store, publisher=None, hosted={}, stores=[store])
-        parts.namespaces, parts.tag_moved = Namespaces([Member(store, "local")]), _nothing
+        parts: Any = SimpleNamespace(clock=self.clock, store=store, outbox=None, hosted={}, stores=[store])
+        parts.namespaces, parts.moves = Namespaces([Member(store, "local")]), ToldMoves(None, None)
         try:
             steps, whole = [bundle], list[Bundle]()
             while steps:
@@ -168,7 +169,3 @@ class BundleRounds(Rounds):
 
 class MovingBundleRounds(BundleRounds, MovingRounds):
     """Rounds in which the registry is moved, too."""
-
-
-async def _nothing(*arguments: object) -> None:
-    """Of a tag that moved."""

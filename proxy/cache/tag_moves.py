@@ -1,4 +1,4 @@
-"""What is told that a tag of a cache has moved."""
+"""What hears that a tag of a cache has moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from storage.records import Batch
 
 
 class TagMoves(Protocol):
-    """Is told of each move, with the full name of the repository: in its transaction, and after it."""
+    """Hears of each move, with the full name of the repository: in its transaction, and after it."""
 
     def record(self, batch: Batch, repository: str, tag: Tag, old: Digest, new: Digest) -> None: ...
 

@@ -65,7 +65,7 @@ class _Validated(NamedTuple):
 class TagRevalidation:
     """What a tag stands for, revalidated when it is no longer fresh.
 
-    `moved` is told when a tag turns out to stand for another manifest than before.
+    `moved` hears when a tag turns out to stand for another manifest than before.
     """
 
     def __init__(

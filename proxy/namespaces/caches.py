@@ -53,7 +53,7 @@ IDLE = 300.0  # seconds after its last request until the cache of a host may mak
 class CacheFactory:
     """Makes caches over one store; if several servers share a store, before that.
 
-    moves: is told when a cache learns that a tag moved
+    moves: hears when a cache learns that a tag moved
     moves_upstream: and when one of several servers does, from the upstream
     """
 

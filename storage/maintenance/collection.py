@@ -98,7 +98,7 @@ class CollectionReport(msgspec.Struct, kw_only=True):
 
 
 class Telling:
-    """Is told of tags that are removed; this one does nothing."""
+    """Hears of tags that are removed; this one does nothing."""
 
     def record(self, batch: Batch, repository: str, tags: Sequence[str]) -> None:
         """In the transaction that removes them."""
@@ -112,7 +112,7 @@ class Collection:
 
     Several collections may run at once, in one or many processes.  `rules` returns the retention rules of a
     repository, given by its full name.  `pause` is called with a number of seconds to wait, `done` with every
-    report except those of dry runs, and `telling` is told of the tags that are removed.
+    report except those of dry runs, and `telling` hears of the tags that are removed.
     """
 
     def __init__(

@@ -137,12 +137,24 @@ async def test_what_is_there_is_not_sent_again(ground: Ground) -> None:
     ground.source.clear()
     ground.anew()
     assert await ground.copy("1") == (image.digest, False)
-    assert ground.copying.done == CopyCounts()
+    assert ground.copying.done == CopyCounts(present=3)
     assert {each.split()[0] for each in ground.asked} <= {"HEAD", "GET"}
     # Of the source nothing is asked but what the tag is, and what refers to it.
     assert [each for each in ground.source.log if each.startswith("GET")] == [
         f"GET referrers a@{image.digest[:19]}"
     ]
+
+
+async def test_a_blob_that_the_destination_has_lost_is_sent_again(ground: Ground) -> None:
+    image = ground.source.image("a", "1", [b"one", b"two"])
+    await ground.copy("1")
+    del ground.destination.repositories["b"].blobs[image.layers[0]]
+    ground.anew()
+    assert await ground.copy("1") == (image.digest, True)
+    assert ground.copying.done == CopyCounts(blobs=1, bytes=3, present=2)
+    assert image.layers[0] in ground.held()[0]
+    ground.anew()
+    assert await ground.copy("1") == (image.digest, False)
 
 
 async def test_a_tag_that_moved_is_moved(ground: Ground) -> None:

@@ -167,7 +167,8 @@ class Copier:
             raise ManifestInvalid(
                 f"{digest} is a {manifest.media_type}: what it names cannot be read, nor copied"
             )
-        parts = [] if content is None else self._parts(route, content, blobs=new)
+        # Also of a manifest that is there: a registry may have lost or deleted a blob of it.
+        parts = [] if content is None else self._parts(route, content)
         changed = await _all(parts) or new
         if new:
             if not self._rules.dry_run:
@@ -178,13 +179,9 @@ class Copier:
             changed |= await self._signatures(route, digest) if signed else False
         return changed
 
-    def _parts(
-        self, route: CopyRoute, content: ManifestContent, *, blobs: bool
-    ) -> list[Coroutine[Any, Any, bool]]:
-        """The copies of what a manifest names, which come before it; `blobs` is false if the image is
-        present.
-        """
-        parts = [self._blob(route, each) for each in content.distributable] if blobs else []
+    def _parts(self, route: CopyRoute, content: ManifestContent) -> list[Coroutine[Any, Any, bool]]:
+        """The copies of what a manifest names, which come before it."""
+        parts = [self._blob(route, each) for each in content.distributable]
         unsigned = attestations(content)
         return parts + [
             self._manifest(route, each.digest, signed=each.digest not in unsigned)

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import msgspec
 
-from storage.errors import StorageUnavailable
+from storage.errors import StorageFailed, StorageUnavailable
 from storage.keys import WRITERS
 from storage.records import Batch, Records
 
@@ -59,6 +59,19 @@ class Writers(msgspec.Struct, frozen=True, omit_defaults=True):
         return cls.parse(records.get(KEY))
 
 
+def check_whole(records: Records, content: str) -> None:
+    """Raise StorageUnavailable if the registry, whose content was FILES or OBJECTS, has been moved elsewhere.
+
+    What is not in these records may have been pushed there.
+    """
+    try:
+        found = Writers.of(records)
+    except StorageFailed:
+        return  # what was found is all that is known
+    if found is not None and found.content != content:
+        raise _moved(found)
+
+
 class GuardedRecords:
     """Records that are written only if they belong to `content`, FILES or OBJECTS, and are not paused.
 
@@ -93,13 +106,16 @@ class GuardedRecords:
         if found is None or found == Writers(self._content, found.move):
             return
         if found.content != self._content:
-            cause = "it has been moved; a reload of the server, or its end, completes that"
-            raise StorageUnavailable(
-                f"these records are no longer, or not yet, those of the registry ({found.content})",
-                cause=cause,
-                retry_after=RETRY_AFTER,
-            )
+            raise _moved(found)
         if self._clock() < found.paused_until:
             cause = "it is being moved, for some seconds"
             raise StorageUnavailable("writers are paused by a move", cause=cause, retry_after=RETRY_AFTER)
         batch.put(KEY, Writers(self._content, found.move).encode())
+
+
+def _moved(found: Writers) -> StorageUnavailable:
+    return StorageUnavailable(
+        f"these records are no longer, or not yet, those of the registry ({found.content})",
+        cause="it has been moved; a reload of the server, or its end, completes that",
+        retry_after=RETRY_AFTER,
+    )

@@ -22,6 +22,7 @@ from proxy.config.errors import StartError
 from proxy.config.loader import load
 from proxy.config.schema import Config
 from proxy.namespaces.access_records import access_records_on_disk
+from proxy.namespaces.hosted import Hosted
 from proxy.namespaces.private import is_shared, private_store
 from proxy.transfer.engine_moves import EngineMoves, NotMovable
 from storage import keys
@@ -29,6 +30,7 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import StorageUnavailable
 from storage.keys import API_KEY, KEY_USED, LEASE, LINK, PIN, SIGNING, RecordKind
+from storage.maintenance.leases import Leases
 from storage.migration.move import OF_ENGINES, OF_SERVERS, EngineMove, MoveReport
 from storage.oci import OCI_MANIFEST, Digest, Manifest, Tag
 from storage.records import Records
@@ -313,7 +315,15 @@ async def test_whoever_wrote_the_source_before_cannot_afterwards(tmp_path: Path,
         await store.run(store.records.put, "watched", b"1")
     with pytest.raises(StorageUnavailable):
         await store.run(store.records.delete, "watched")
-    assert (await store.get_manifest("local/a", Tag("1"))).media_type == OCI_MANIFEST  # it goes on with pulls
+    hosted = Hosted("local", store, Leases(store, 3600.0))
+    assert (await hosted.get_manifest("a", Tag("1"))).media_type == OCI_MANIFEST  # it goes on with pulls
+    for finding in (  # but for what may have been pushed elsewhere since
+        hosted.get_manifest("a", Tag("late")),
+        hosted.resolve_blob("a", Digest.of(b"late")),
+        hosted.tags("late"),
+    ):
+        with pytest.raises(StorageUnavailable, match="no longer"):
+            await finding
     await store.close()
     assert await look(both) == before
 

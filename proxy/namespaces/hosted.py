@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from proxy.cache.copies import BlobCopies
 from proxy.namespaces.pushed import checked
@@ -20,7 +20,14 @@ from proxy.webhooks.event import about_tag, take_caused
 from storage.concurrency import run_sized
 from storage.conditions import ALWAYS, Conditions
 from storage.disk.health import MakeRoom, make_no_room
-from storage.errors import Denied, ManifestBlobUnknown, ManifestInvalid, ManifestUnknown
+from storage.errors import (
+    BlobUnknown,
+    Denied,
+    ManifestBlobUnknown,
+    ManifestInvalid,
+    ManifestUnknown,
+    NameUnknown,
+)
 from storage.graph import IndexEntries, fallback_tag
 from storage.held import held_blob, held_manifest
 from storage.keys import LINK, MANIFEST, MOVES, PULLED, TAG
@@ -50,10 +57,12 @@ from storage.registry import (
 )
 from storage.store import Store
 from storage.values import Pointer
+from storage.writers import FILES, OBJECTS, check_whole
 
 if TYPE_CHECKING:  # only a server with webhooks imports it
     from proxy.webhooks.outbox import Outbox
 
+T = TypeVar("T")
 ROOM = 1 << 30  # bytes that are made free for an upload of unknown size
 OUTDATED = "the database of this registry cannot be reached: this is what was known here before"
 _MISSING = 100  # digests that an error names at most
@@ -113,11 +122,11 @@ class Hosted(Registry):
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
         name = self._full(repository)
         if self._copies is None or self._store.files.path(digest) is not None:
-            blob = await self._store.get_blob(name, digest, span)
+            blob = await self._found(self._store.get_blob(name, digest, span))
             used_at = blob.used_at
         else:
             place = self._namespace, self._store, repository
-            blob, used_at = await self._copies.get_blob(*place, digest, span)
+            blob, used_at = await self._found(self._copies.get_blob(*place, digest, span))
         self._note_outage()
         try:
             await self._leases.blob(name, digest, used_at)
@@ -128,7 +137,7 @@ class Hosted(Registry):
 
     async def locate_blob(self, repository: str, digest: Digest) -> Located | None:
         name = self._full(repository)
-        if (found := await self._store.locate_blob(name, digest)) is not None:
+        if (found := await self._found(self._store.locate_blob(name, digest))) is not None:
             self._note_outage()
             await self._leases.blob(name, digest, found.used_at)
         return found
@@ -140,13 +149,26 @@ class Hosted(Registry):
 
     async def get_manifest(self, repository: str, reference: Reference) -> Manifest:
         name = self._full(repository)
-        manifest, stored_at = await self._store.read(self._store.manifest, name, reference)
+        reading = self._store.read(self._store.manifest, name, reference)
+        manifest, stored_at = await self._found(reading)
         self._note_outage()
         if isinstance(reference, Digest):  # otherwise the tag keeps it
             await self._leases.manifest(name, reference, stored_at)
         elif self._pulls is not None:
             await self._pulls.pulled(name, reference)
         return manifest
+
+    async def _found(self, finding: Awaitable[T]) -> T:
+        """What is found.  Raises StorageUnavailable for what is not, if the registry was moved elsewhere.
+
+        Processes that began before a move serve pulls until new ones do, to which it may have been pushed.
+        """
+        try:
+            return await finding
+        except (BlobUnknown, ManifestUnknown, NameUnknown):
+            content = OBJECTS if self._store.files.remote else FILES
+            await self._store.read(check_whole, self._store.records, content)
+            raise
 
     def _note_outage(self) -> None:
         """Note in the exchange that its answer is what was known before, if the records cannot be reached."""
@@ -187,7 +209,7 @@ class Hosted(Registry):
         return held_manifest(self._store, read, validity)
 
     async def tags(self, repository: str, last: str = "", limit: int | None = None) -> list[str]:
-        return await self._store.tags(self._full(repository), last, limit)
+        return await self._found(self._store.tags(self._full(repository), last, limit))
 
     async def referrers(
         self,

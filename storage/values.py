@@ -27,6 +27,9 @@ LATEST = 10**14 - 1  # milliseconds
 _TEXT = ("utf-8", "surrogateescape")  # a media type is returned as it was sent, even if it is not UTF-8
 
 
+STEP = 1e-6  # seconds between two tags that are imported at once, in the order of their times
+
+
 class Pointer(NamedTuple):
     """Where a tag points, and when its origin last confirmed it."""
 

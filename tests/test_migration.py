@@ -15,11 +15,14 @@ from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
 from storage.errors import BlobUnknown, ManifestUnknown, StorageFailed
 from storage.keys import MANIFEST as MANIFEST_RECORD
+from storage.maintenance.collection import Collection
 from storage.maintenance.leases import Leases
+from storage.maintenance.retention import KeepTags, RetentionRules
 from storage.migration import adoption, distribution
 from storage.migration.migration import Damage, Migration, MigrationReport
 from storage.oci import Digest, Manifest, Tag
 from storage.store import Store
+from tests.collecting import DAY
 from tests.conftest import Clock
 from tests.layout import INDEX, MANIFEST, Layout, described, digest_of
 
@@ -43,10 +46,10 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
 
 
 @pytest.fixture
-def take(made: Layout, store: Store) -> Take:
+def take(made: Layout, store: Store, clock: Clock) -> Take:
     def run(**rules: object) -> MigrationReport:
         source = distribution.DistributionTree(made.directory)
-        intake = Migration(store, source, **rules)  # type: ignore[arg-type]
+        intake = Migration(store, source, clock=clock, **rules)  # type: ignore[arg-type]
         intake.run(source.repositories(), lambda name: f"local/{name}")
         return intake.report
 
@@ -376,6 +379,24 @@ def test_tags_move_as_they_moved_there_but_not_past_a_push_here(
         "pushed": one,
         "immutable": one,
     }
+
+
+def test_tags_count_as_pushed_now_in_the_order_in_which_they_were(
+    made: Layout, store: Store, take: Take, clock: Clock
+) -> None:
+    image = made.image("a")
+    for tag, age in (("1.9", 300 * DAY), ("1.10", 200 * DAY), ("1.2", 400 * DAY), ("1.11", 100 * DAY)):
+        made.point("a", tag, image, at=clock() - age)
+    assert take().tags == 4
+    leases = Leases(store, DAY, clock)
+    clock.advance(2 * DAY)
+    for rule, left in (
+        (KeepTags(pushed_within=30 * DAY), ["1.10", "1.11", "1.2", "1.9"]),
+        (KeepTags(last=3), ["1.10", "1.11", "1.9"]),
+        (KeepTags(last=2), ["1.10", "1.11"]),
+    ):
+        Collection(store, lambda name, rule=rule: RetentionRules(keep_tags=(rule,)), leases, clock).run()  # type: ignore[misc]
+        assert store._tags("local/a", "", None) == left
 
 
 def test_a_tag_that_is_pushed_meanwhile_stays(

@@ -33,8 +33,7 @@ from storage.oci import (
 )
 from storage.store import Store
 from storage.validation import validate
-
-STEP = 1e-6  # seconds between two tags of an archive
+from storage.values import STEP
 
 
 class RootBinding(NamedTuple):
@@ -146,12 +145,15 @@ class ImportPlanner:
     def _unwanted(self, target: ImportTarget, named: Descriptor, index: ManifestContent) -> list[Descriptor]:
         """The children of an index that are for none of the platforms.
 
-        Raises ArchiveInvalid if it has no child for one of them.
+        Raises ArchiveInvalid if it has no child for any of them.
         """
         if not self._platforms or not index.children:
             return []
         if missing := missing_platforms(index, self._platforms):
-            raise ArchiveInvalid(f"{self._layout.what}: {named.digest} has no image for {', '.join(missing)}")
+            cause = f"{named.digest} has no image for {', '.join(missing)}"
+            if len(missing) == len(self._platforms):
+                raise ArchiveInvalid(f"{self._layout.what}: {cause}")
+            self._layout.notes.append(cause)
         self.selected = True
         wanted = {each.digest for each in selected(index, self._platforms)}
         self._required |= wanted

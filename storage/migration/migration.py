@@ -8,6 +8,7 @@ new, and continues a run that was interrupted.  Other processes may use the stor
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,12 +34,13 @@ from storage.oci import (
 )
 from storage.records import Batch, batches
 from storage.store import Store
-from storage.values import Pointer
+from storage.values import STEP, Pointer
 
 MANIFEST_BATCH = 64  # manifests stored in one transaction, after their blobs are synced
 WORKERS = 4  # threads that read and hash
 
 _ParsedManifest: TypeAlias = tuple[Manifest, ManifestContent]
+_TimedLink: TypeAlias = tuple[Tag, TagLink, float]  # when it counts as pushed here
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Migration:
         immutable: Callable[[Tag], bool] = lambda tag: False,
         retag: Callable[[Batch, str, Tag, Digest], object] = lambda batch, repository, tag, digest: None,
         dry_run: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.report = MigrationReport()
         self.repository = ""  # the current one
@@ -95,6 +98,7 @@ class Migration:
         self._immutable = immutable
         self._retag = retag
         self._dry_run = dry_run
+        self._clock = clock
         self._files = files_of(store.files)
         self._adoption = Adoption(self._files)
         self._stopped = False
@@ -232,11 +236,17 @@ class Migration:
         return _BlobResult(Descriptor(OCTETS, digest, size), new=True)
 
     def _tags(self, repository: _RepositoryMigration) -> None:
-        for group in batches(self._moved(repository)):
+        # By those times rules count tags as pushed: here now, and in the order in which they were there.
+        found = sorted(self._moved(repository), key=lambda each: each[1].moved_at)
+        first = self._clock() - len(found) * STEP
+        timed = [(tag, link, first + number * STEP) for number, (tag, link) in enumerate(found)]
+        stay: list[Damage] = []
+        for group in batches(timed):
             work = partial(self._point, repository, group)
             done, kept = work(None) if self._dry_run else self._store.records.transaction(work)
             self.report.tags += done
-            self.report.kept += kept
+            stay += kept
+        self.report.kept += sorted(stay, key=lambda each: each.what)
 
     def _moved(self, repository: _RepositoryMigration) -> Iterator[tuple[Tag, TagLink]]:
         """The tags that are to be set."""
@@ -257,7 +267,10 @@ class Migration:
                 yield tag, link
 
     def _point(
-        self, repository: _RepositoryMigration, links: Iterable[tuple[Tag, TagLink]], batch: Batch | None
+        self,
+        repository: _RepositoryMigration,
+        links: Iterable[tuple[Tag, TagLink, float]],
+        batch: Batch | None,
     ) -> tuple[int, list[Damage]]:
         """Set tags, in a transaction, or see which ones would be set: how many, and those that stay.
 
@@ -265,7 +278,7 @@ class Migration:
         """
         full, done, kept = repository.full, 0, list[Damage]()
         read = self._store.records.get if batch is None else batch.get
-        for tag, link in links:
+        for tag, link, now in links:
             known = Pointer.parse(read(TAG.key(full, tag)))
             if known is not None and known.digest == link.digest:
                 continue
@@ -278,7 +291,7 @@ class Migration:
                     kept.append(Damage(repository.name, str(tag), f"{link.digest} was deleted meanwhile"))
                     continue
                 self._retag(batch, repository.name, tag, link.digest)
-                self._store.put_tags(batch, full, {tag: link.digest})
+                self._store.put_tag(batch, full, tag, link.digest, now)
             done += 1
         if batch is not None:
             self._store.changed(batch, full)

@@ -69,8 +69,9 @@ def purge_tables(found: reports.Purged, now: float) -> Sequence[Table]:
         table.add(each)
     table.notes += [f"kept because it is pinned: {each}" for each in found.kept]
     if found.absences:
-        absent = plural(found.absences, "record")
-        table.notes.append(f"{absent} that upstream did not have something{_dry_run(found.dry_run)}")
+        done = "would be forgotten" if found.dry_run else "forgotten"
+        answers = plural(found.absences, "answer")
+        table.notes.append(f"{done}: {answers} of upstream that it does not have something; it is asked again")
     if found.references:
         parts = (
             plural(found.manifests, "manifest"),

@@ -160,7 +160,10 @@ def selected(content: ManifestContent, platforms: Sequence[str]) -> Sequence[Des
 
 
 def missing_platforms(content: ManifestContent, platforms: Sequence[str]) -> list[str]:
-    """The `platforms` that no child of an index is for; none if it is not an index."""
+    """The `platforms` that no child of an index is for; none if it is not an index.
+
+    An index with images for others of several platforms is taken for these.
+    """
     return [each for each in platforms if content.children and not selected(content, [each])]
 
 

@@ -258,6 +258,18 @@ async def test_of_an_index_only_what_is_wanted(at: Opened, stock: Stock, bundle:
             await site.manifest(NAME, stock.amd.digest)
 
 
+async def test_of_several_platforms_those_that_there_are(at: Opened, stock: Stock, bundle: Path) -> None:
+    platforms = ["linux/amd64", "linux/s390x"]
+    async with at("home") as home:
+        await home.fetch(NAME, "3", *platforms)
+        (reference,) = (await home.export(bundle, "alpine:3", platforms=platforms)).references
+    assert (reference.platforms, reference.lacking) == (["linux/amd64"], ["linux/s390x"])
+    async with at("site", offline=True) as site:
+        done = await site.take(bundle, platforms=platforms)
+        assert f"{stock.index.digest} has no image for linux/s390x" in done.notes
+        await site.image(NAME, stock.amd)
+
+
 async def test_of_an_index_only_what_is_here(at: Opened, stock: Stock, bundle: Path) -> None:
     async with at("home") as home:
         await home.fetch(NAME, "3", "linux/amd64")

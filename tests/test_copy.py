@@ -218,6 +218,12 @@ async def test_several_platforms_keep_the_index(ground: Ground) -> None:
     ground.anew(platforms=("linux/amd64", "linux/arm64"))
     assert await ground.copy("1") == (index.digest, True)
     assert ground.held()[1] == {index.digest, images[0].digest, images[1].digest}
+    ground.anew(platforms=("linux/amd64", "linux/riscv64"))
+    await ground.copy("1")
+    assert ground.board.notes == [f"b@{index.digest} has no image for linux/riscv64"]
+    ground.anew(platforms=("linux/arm", "linux/riscv64"))
+    with pytest.raises(ManifestUnknown, match="has no image for linux/arm, linux/riscv64"):
+        await ground.copy("1")
 
 
 async def test_an_index_of_blobs(ground: Ground) -> None:

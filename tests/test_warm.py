@@ -140,9 +140,16 @@ async def test_only_what_was_asked_for(kitchen: Kitchen, upstream: Upstream) -> 
 async def test_what_is_not_made_for_a_platform_is_not_here(kitchen: Kitchen, upstream: Upstream) -> None:
     amd = upstream.image("library/app", None, [b"amd"])
     upstream.index("library/app", "1", [amd])
-    row = await kitchen.warmer.warm("app:1", ["linux/amd64", "linux/s390x"])
+    row = await kitchen.warmer.warm("app:1", ["linux/arm64", "linux/s390x"])
     assert (row.here, row.code) == (False, "INCOMPLETE")
-    assert row.error == "there is no image for linux/s390x"
+    assert row.error == "there is no image for linux/arm64, there is no image for linux/s390x"
+
+
+async def test_of_several_platforms_those_that_there_are(kitchen: Kitchen, upstream: Upstream) -> None:
+    amd = upstream.image("library/app", None, [b"amd"])
+    upstream.index("library/app", "1", [amd])
+    row = await kitchen.warmer.warm("app:1", ["linux/amd64", "linux/s390x"])
+    assert (row.here, row.lacking, row.error) == (True, ["linux/s390x"], None)
     assert kitchen.holds(amd)
 
 

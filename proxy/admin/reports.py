@@ -286,7 +286,8 @@ class WarmRow(Model, frozen=True):
 
     `error` says why the image is not complete, or if it is, why upstream could not confirm it; `code` is
     for programs.  The image has so many `manifests`, of which `referrers` refer to others, and `blobs`;
-    `fetched` is how many of them were fetched, with `bytes`.  All counts are 0 if upstream failed.
+    `fetched` is how many of them were fetched, with `bytes`.  All counts are 0 if upstream failed.  `lacking`
+    are platforms that were asked for and that the image does not have.
     """
 
     asked: str
@@ -299,6 +300,7 @@ class WarmRow(Model, frozen=True):
     blobs: int = 0
     fetched: int = 0
     bytes: int = 0
+    lacking: list[str] = msgspec.field(default_factory=list)
     error: str | None = None
     code: str | None = None
 

@@ -55,11 +55,17 @@ class Warmer:
             error = failed
         # If upstream failed, at least the known referrers must be stored.
         found = await run_in_thread(self._readiness.judge, image, platforms, referrers and error is not None)
-        return _row(found, done, error)
+        return _row(found, done, error, platforms)
 
 
-def _row(found: ReadyRow, done: RefreshResult | None, error: RegistryError | None) -> WarmRow:
-    complete = found.state == "complete" and not isinstance(error, Unsupported)
+def _row(
+    found: ReadyRow, done: RefreshResult | None, error: RegistryError | None, platforms: Sequence[str]
+) -> WarmRow:
+    # Of several platforms those that it has: to fetch it again would bring no more.
+    stored = found.state == "complete" or (
+        found.state == "partial" and not found.missing and len(found.lacking) < len(platforms)
+    )
+    complete = stored and not isinstance(error, Unsupported)
     reason, code = (None, None) if error is None else (str(error) or error.code, error.code)
     if error is None and not complete:
         reason, code = incomplete(found), "INCOMPLETE"
@@ -74,6 +80,7 @@ def _row(found: ReadyRow, done: RefreshResult | None, error: RegistryError | Non
         blobs=done.blobs if done else 0,
         fetched=done.fetched if done else 0,
         bytes=done.bytes if done else 0,
+        lacking=found.lacking,
         error=reason,
         code=code,
     )

@@ -21,7 +21,7 @@ from proxy.admin.api.client import AdminClient, OperationFailed
 from proxy.cli.console import ProgressDisplay
 from proxy.cli.context import PLATFORMS, CommandContext, common, option_type
 from proxy.cli.help import command
-from proxy.cli.tables import Column, Table
+from proxy.cli.tables import Column, Table, no_image
 from proxy.config.quantities import format_size, parse_timeout, plural
 from proxy.transfer import results
 from storage.names import written
@@ -333,6 +333,7 @@ def export_tables(found: results.Exported, now: float) -> Sequence[Table]:
     for each in found.references:
         some = f"{', '.join(each.platforms)} ({plural(len(each.left_out), 'other')} left out)"
         table.add(each.reference, each.digest, some if each.left_out else "all")
+    table.notes += [no_image(each.reference, each.lacking) for each in found.references if each.lacking]
     for skipped in found.skipped:
         cause = f"it is for {skipped.platform}" if skipped.platform else ""
         cause = cause or f"not stored are {', '.join(skipped.lacking)}"

@@ -22,7 +22,7 @@ from proxy.cli.context import PAUSE, PLATFORMS, CommandContext, common, option_t
 from proxy.cli.fills import show_fills
 from proxy.cli.help import command
 from proxy.cli.replicas import by_replica
-from proxy.cli.tables import Column, Table
+from proxy.cli.tables import Column, Table, no_image
 from proxy.config.quantities import format_duration, format_past, format_size, parse_timeout, plural
 from storage.concurrency import for_each
 from storage.names import written
@@ -181,6 +181,7 @@ def warm_tables(found: Sequence[WarmRow], now: float) -> Sequence[Table]:
             format_size(each.bytes),
             each.error or "",
         )
+    table.notes += [no_image(_name(each), each.lacking) for each in found if each.here and each.lacking]
     complete = sum(each.here for each in found)
     blobs = plural(sum(each.fetched for each in found), "blob")
     fetched = f"{blobs}, {format_size(sum(each.bytes for each in found))}"

@@ -264,3 +264,8 @@ def shortened_digest(text: str) -> str:
 
 def clean(text: str) -> str:
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def no_image(reference: str, platforms: Sequence[str]) -> str:
+    """A note on an image that some of the wanted platforms have none of."""
+    return f"{reference} has no image for {', '.join(platforms)}"

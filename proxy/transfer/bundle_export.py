@@ -17,6 +17,7 @@ from storage.archives.export_plan import ExportPlan, ExportPlanner, ExportRefere
 from storage.archives.exporter import Sink, write
 from storage.concurrency import run_cancellable
 from storage.errors import ArchiveInvalid, Incomplete, NameUnknown, StorageFailed
+from storage.graph import matches_platform
 from storage.maintenance.pins import matching
 from storage.names import is_glob
 from storage.oci import Digest, Tag
@@ -218,6 +219,7 @@ def _exported(
                 platforms=each.platforms,
                 complete=each.complete,
                 left_out=each.left_out,
+                lacking=_without(contents.platforms, each.platforms),
             )
             for each in contents.references
         ],
@@ -228,3 +230,10 @@ def _exported(
         spared=len({digest for digests in contents.elsewhere.values() for digest in digests}),
         signed=signed,
     )
+
+
+def _without(wanted: Sequence[str], platforms: Sequence[str]) -> list[str]:
+    """The wanted platforms that an image with others does not have; an image that is no index has none."""
+    if not platforms:
+        return []
+    return [each for each in wanted if not any(matches_platform(one, each) for one in platforms)]

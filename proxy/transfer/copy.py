@@ -25,7 +25,16 @@ from storage.errors import (
     OriginFailed,
     Unsupported,
 )
-from storage.graph import UNLISTED, attestations, contents, fallback_tag, selected, signature_tags, unread
+from storage.graph import (
+    UNLISTED,
+    attestations,
+    contents,
+    fallback_tag,
+    missing_platforms,
+    selected,
+    signature_tags,
+    unread,
+)
 from storage.oci import OCI_INDEX, Descriptor, Digest, Manifest, ManifestContent, Reference, Tag
 from storage.registry import Registry
 
@@ -163,6 +172,8 @@ class Copier:
         holder, repository = (route.source, route.repository) if new else (destination, target)
         manifest = await self.ask(lambda: holder.get_manifest(repository, digest))
         content = contents(manifest.content)
+        if content is not None and signed:
+            self._note_missing(f"{route.target}@{digest}", content)
         if new and unread(content):
             raise ManifestInvalid(
                 f"{digest} is a {manifest.media_type}: what it names cannot be read, nor copied"
@@ -178,6 +189,14 @@ class Copier:
             changed |= await self._referrers(route, digest)
             changed |= await self._signatures(route, digest) if signed else False
         return changed
+
+    def _note_missing(self, name: str, content: ManifestContent) -> None:
+        """Note for which platforms an index has no image.  Raises ManifestUnknown if it has none at all."""
+        if missing := missing_platforms(content, self._rules.platforms):
+            cause = f"{name} has no image for {', '.join(missing)}"
+            if len(missing) == len(self._rules.platforms):
+                raise ManifestUnknown(cause)
+            self._listener.note(cause)
 
     def _parts(self, route: CopyRoute, content: ManifestContent) -> list[Coroutine[Any, Any, bool]]:
         """The copies of what a manifest names, which come before it."""

@@ -22,7 +22,7 @@ class CarriedRow(Result, frozen=True):
     """An image in a bundle.
 
     `platforms` are those of an index that are in the bundle, empty if it names none; `left_out` are the
-    digests of the others.
+    digests of the others.  `lacking` are platforms that were asked for and that the index does not have.
     """
 
     reference: str
@@ -30,6 +30,7 @@ class CarriedRow(Result, frozen=True):
     platforms: list[str]
     complete: bool
     left_out: list[str]
+    lacking: list[str] = msgspec.field(default_factory=list)
 
 
 class IncompleteRow(Result, frozen=True):

@@ -388,3 +388,17 @@ def test_plain_aligns_by_the_widest() -> None:
     found = Table((Column("A"), Column("B")))
     found.add("longer", "x")
     assert plain(found) == "A       B\nlonger  x\n"
+
+
+def test_what_a_purge_forgets_is_said_in_plain_words() -> None:
+    found = reports.Purged(
+        references=[], kept=[], manifests=0, links=0, blobs=0, bytes=0, absences=1, dry_run=False
+    )
+    (table,) = removal.purge_tables(found, 0.0)
+    assert table.notes == [
+        "forgotten: 1 answer of upstream that it does not have something; it is asked again"
+    ]
+    (table,) = removal.purge_tables(msgspec.structs.replace(found, absences=2, dry_run=True), 0.0)
+    assert table.notes == [
+        "would be forgotten: 2 answers of upstream that it does not have something; it is asked again"
+    ]

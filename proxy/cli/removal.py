@@ -71,7 +71,9 @@ def purge_tables(found: reports.Purged, now: float) -> Sequence[Table]:
     if found.absences:
         done = "would be forgotten" if found.dry_run else "forgotten"
         answers = plural(found.absences, "answer")
-        table.notes.append(f"{done}: {answers} of upstream that it does not have something; it is asked again")
+        table.notes.append(
+            f"{done}: {answers} of upstream that it does not have something; it is asked again"
+        )
     if found.references:
         parts = (
             plural(found.manifests, "manifest"),

@@ -295,6 +295,17 @@ async def test_a_cut_is_resumed_within_the_same_response(
     assert not told or all((request.range or "").startswith("bytes=") for request in gets[1:])
 
 
+async def test_a_cut_is_resumed_where_each_range_has_an_end(serve: Serve, upstream: Upstream) -> None:
+    digest = upstream.blob("a/b", BODY)
+    upstream.open_ranges = False
+    site = await serve(upstream)
+    upstream.next("GET", digest, Truncate(after=100_000))
+    assert (await site.get(path_of(digest)))[::2] == (200, BODY)
+    *_, refused, told, last = upstream.requests
+    assert (refused.range or "").endswith("-") and told.method == "HEAD"
+    assert last.range == f"{refused.range}{len(BODY) - 1}"
+
+
 async def test_a_second_repository_costs_one_head(serve: Serve, upstream: Upstream) -> None:
     digest = upstream.blob("a/b", BODY)
     upstream.blob("c/d", BODY)
@@ -594,8 +605,8 @@ async def test_a_fill_goes_on_after_a_restart(serve: Serve, upstream: Upstream, 
         (BODY, ["HEAD"]),
         (BODY[:1000], ["GET bytes=1000-"]),
         (BODY[:-1], [f"GET bytes={len(BODY) - 1}-"]),
-        (b"\0" * len(BODY), [f"GET bytes={len(BODY)}-", "GET"]),
-        (BODY + b"more", [f"GET bytes={len(BODY) + 4}-", "GET"]),
+        (b"\0" * len(BODY), [f"GET bytes={len(BODY)}-", "HEAD", "GET"]),
+        (BODY + b"more", [f"GET bytes={len(BODY) + 4}-", "HEAD", "GET"]),
         (b"", ["GET"]),
     ],
     ids=["all of it", "the beginning", "all but a byte", "as long but wrong", "too long", "nothing"],

@@ -37,6 +37,7 @@ from storage.errors import (
     ManifestUnknown,
     NameUnknown,
     OriginFailed,
+    RangeInvalid,
     TooManyRequests,
     Unsupported,
 )
@@ -168,10 +169,16 @@ class UpstreamRegistry(Registry):
     # Pulling blobs
 
     async def get_blob(self, repository: str, digest: Digest, span: Span | None = None) -> Blob:
-        headers = {}
-        if span is not None:
-            headers["Range"] = f"bytes={span.start}-{'' if span.stop is None else span.stop - 1}"
-        response = await self._send("GET", repository, f"blobs/{digest}", "blob", headers)
+        last = "" if span is None or span.stop is None else span.stop - 1
+        headers = {} if span is None else {"Range": f"bytes={span.start}-{last}"}
+        try:
+            response = await self._send("GET", repository, f"blobs/{digest}", "blob", headers)
+        except RangeInvalid:
+            size = (await self.resolve_blob(repository, digest)).size if span and last == "" else 0
+            if span is None or size <= span.start:
+                raise
+            # go-containerregistry's registry refuses each range without an end, also one that the blob has.
+            return await self.get_blob(repository, digest, Span(span.start, size))
         try:
             start, size = stated_extent(self._name, response, span)
             if encoding_of(response):
@@ -225,15 +232,12 @@ class UpstreamRegistry(Registry):
             raise TooManyRequests(
                 f"the remaining requests that {self._name} grants are reserved for content that is not cached"
             )
-        headers = {"Accept": ACCEPT}
         path = f"manifests/{reference}"
         try:
-            async with await self._send("HEAD", repository, path, "manifest", headers) as response:
-                digest, size, media_type = (
-                    stated_digest(response),
-                    stated_length(self._name, response),
-                    stated_media_type(response),
-                )
+            async with await self._send("HEAD", repository, path, "manifest", {"Accept": ACCEPT}) as response:
+                digest = stated_digest(response)
+                size = stated_length(self._name, response)
+                media_type = stated_media_type(response)
             matches = isinstance(reference, Tag) or digest == reference
             if digest is not None and matches and size >= 0 and media_type not in _VAGUE:
                 return Descriptor(media_type, digest, size)

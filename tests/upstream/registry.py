@@ -36,8 +36,9 @@ class Upstream(Content):
     Switches, each a habit of some vendor: `digest_header` (off: no Docker-Content-Digest, no ETag),
     `ignores_n` (in lists of names), `page_size` (names at most per page, asked or not),
     `referrers_page_size`, `cdn`, `referrers_api`, `content_length` (off: blobs are chunked), `ranges`,
-    `auth`, `ratelimit` (limit, window in seconds, remaining; only GET of a manifest is counted, as at Docker
-    Hub), `takes` (what it does with pushes; None: it is read-only).  All of them are attributes and may be
+    `open_ranges` (off: ranges without an end are refused, as by go-containerregistry's registry), `auth`,
+    `ratelimit` (limit, window in seconds, remaining; only GET of a manifest is counted, as at Docker Hub),
+    `takes` (what it does with pushes; None: it is read-only).  All of them are attributes and may be
     changed at any time.
     """
 
@@ -52,6 +53,7 @@ class Upstream(Content):
         referrers_api: bool = True,
         content_length: bool = True,
         ranges: bool = True,
+        open_ranges: bool = True,
         auth: Basic | Bearer | None = None,
         ratelimit: tuple[int, int, int] | None = None,
         takes: Takes | None = None,
@@ -65,6 +67,7 @@ class Upstream(Content):
         self.referrers_api = referrers_api
         self.content_length = content_length
         self.ranges = ranges
+        self.open_ranges = open_ranges
         self.auth = auth
         self.ratelimit = ratelimit
         self.takes = takes
@@ -276,7 +279,7 @@ class Upstream(Content):
             return answer
         start = int(first) if first else max(total - int(last), 0)
         stop = min(int(last) + 1, total) if first and last else total
-        if start >= total:
+        if start >= total or not (last or self.open_ranges):
             return failure(416, "RANGE_INVALID", request.range or "", **{"Content-Range": f"bytes */{total}"})
         answer.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
         return replace(answer, status=206, content=answer.content[start:stop], offset=start)

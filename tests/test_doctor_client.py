@@ -31,7 +31,8 @@ from tests.relay import Relay, server_side
 from tests.upstream import Status, Upstream
 
 BASE = "http://cache.example:5000"
-SITE = Site(URL(BASE), ("docker.io", "ghcr.io", "registry.example:5000"))
+ALIASES = {"registry.example:5000": "own"}
+SITE = Site(URL(BASE), ("docker.io", "ghcr.io", "registry.example:5000"), aliases=ALIASES)
 CERTS = "etc/containerd/certs.d"
 CONFIG_PATH = (
     'version = 2\n[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "/etc/containerd/certs.d"\n'
@@ -303,7 +304,6 @@ MIRROR = '[[registry.mirror]]\nlocation = "cache.example:5000/docker.io"\ninsecu
         ('[registries.search]\nregistries = ["docker.io"]\n', "failed", "version 1"),
         (HUB + MIRROR.replace("insecure = true\n", ""), "failed", "has no insecure = true"),
         (HUB + MIRROR.replace("5000/docker.io", "5000/hub"), "failed", "ends in /hub"),
-        (f"{HUB}blocked = true\n{MIRROR}", "failed", "is blocked"),
         (f"{HUB}mirror-by-digest-only = true\n{MIRROR}", "warning", "tags bypass it"),
         (f'{HUB}{MIRROR}pull-from-mirror = "digest-only"\n', "warning", "tags bypass it"),
         (f'{HUB}{MIRROR}pull-from-mirror = "tag-only"\n', "warning", "digests bypass the server"),
@@ -328,6 +328,21 @@ MIRROR = '[[registry.mirror]]\nlocation = "cache.example:5000/docker.io"\ninsecu
 def test_podman_that_is_not_well(root: Path, text: str, state: str, says: str) -> None:
     found = look_podman(root, text, namespaces=("docker.io",))
     assert says in said(found, state)
+
+
+def test_podman_whose_registry_is_blocked_asks_the_mirror(root: Path) -> None:
+    """OpenShift makes such tables: NeverContactSource, one mirror for digests, and one for tags."""
+    mirrors = [f'{MIRROR}pull-from-mirror = "{each}"\n' for each in ("digest-only", "tag-only")]
+    for text in (f"{HUB}blocked = true\n{MIRROR}", f"{HUB}blocked = true\n{''.join(mirrors)}"):
+        found = look_podman(root, text, namespaces=("docker.io",), bypass=False)
+        assert [(each.name, each.state) for each in found] == [("configuration", "ok")]
+
+
+def test_podman_takes_no_path_with_a_colon(root: Path) -> None:
+    text = HUB.replace("docker.io", "a.b:5000") + MIRROR.replace("5000/docker.io", "5000/a.b:5000")
+    assert "give the namespace an alias" in said(look_podman(root, text, namespaces=("a.b:5000",)), "failed")
+    text = text.replace("5000/a.b:5000", "5000/own")
+    assert states(look_podman(root, text, namespaces=("a.b:5000",), aliases={"a.b:5000": "own"})) == []
 
 
 def test_podman_that_is_well_by_the_bare_address(root: Path) -> None:

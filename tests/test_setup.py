@@ -29,6 +29,7 @@ README, CLIENTS = ROOT / "README.md", ROOT / "docs" / "clients.md"
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 PLAIN = Site(URL("http://cache.example:5000"), ("docker.io", "ghcr.io", "registry.example:5000"))
 SECURE = replace(PLAIN, url=URL("https://cache.example"), ca=PEM)
+ALIASES = {"registry.example:5000": "own"}
 CERTS = "/etc/containerd/certs.d"
 PULL = ["pull", "resolve"]
 
@@ -53,6 +54,17 @@ def notes(setup: Setup) -> str:
     return "\n".join(setup.notes)
 
 
+def test_pack_calls_docker_hub_by_the_name_of_its_index() -> None:
+    setup = made("pack", PLAIN)
+    assert content(setup, "~/.pack/config.toml") == {
+        "registry-mirrors": {
+            "index.docker.io": "cache.example:5000/docker.io",
+            "ghcr.io": "cache.example:5000/ghcr.io",
+        }
+    }
+    assert "needs TLS" in notes(setup) and "needs TLS" not in notes(made("pack", SECURE))
+
+
 @pytest.mark.parametrize("client", ["podman", "crio"])
 def test_a_mirror_of_an_ipv6_address_is_not_possible(client: str) -> None:
     names = ("docker.io", "[fd00::1]:5000", "[::1]")
@@ -61,7 +73,17 @@ def test_a_mirror_of_an_ipv6_address_is_not_possible(client: str) -> None:
     assert [each["location"] for each in tables] == ["docker.io", "cache.example:5000"]
     assert "[fd00::1]:5000, [::1]: no mirror is possible" in notes(setup)
     assert "cache.example:5000/<alias>/" in notes(setup)
-    assert "no mirror" not in notes(made(client, PLAIN))
+    assert "no mirror" not in notes(made(client, PLAIN, namespaces=("docker.io",)))
+
+
+@pytest.mark.parametrize("client", ["podman", "crio", "minikube", "openshift", "trivy", "pack"])
+def test_a_registry_with_a_port_has_the_path_of_an_alias(client: str) -> None:
+    """containers/image, go-containerregistry and the API of OpenShift refuse a path with a colon."""
+    for setup in (made(client, PLAIN), made(client, PLAIN, aliases=ALIASES)):
+        text = "".join(each.content for each in setup.pieces)
+        assert "cache.example:5000/registry.example:5000" not in text
+        named = "registry.example:5000: no mirror is possible" in notes(setup)
+        assert named == ("cache.example:5000/own" not in text)
 
 
 # docker
@@ -175,14 +197,14 @@ REGISTRIES = "/etc/containers/registries.conf.d/entrepot.conf"
 
 @pytest.mark.parametrize("client", ["podman", "crio"])
 def test_each_registry_has_a_table(client: str) -> None:
-    found = content(made(client, PLAIN), REGISTRIES)["registry"]
+    found = content(made(client, PLAIN, aliases=ALIASES), REGISTRIES)["registry"]
     assert found == [
         *(
             {
                 "location": each,
-                "mirror": [{"location": f"cache.example:5000/{each}", "insecure": True}],
+                "mirror": [{"location": f"cache.example:5000/{path}", "insecure": True}],
             }
-            for each in PLAIN.namespaces
+            for each, path in zip(PLAIN.namespaces, ("docker.io", "ghcr.io", "own"), strict=True)
         ),
         {"location": "cache.example:5000", "insecure": True},
     ]
@@ -194,7 +216,7 @@ def test_each_registry_has_a_table_by_https() -> None:
         "location": "docker.io",
         "mirror": [{"location": "cache.example/docker.io"}],
     }
-    assert len(content(setup, REGISTRIES)["registry"]) == len(SECURE.namespaces)
+    assert len(content(setup, REGISTRIES)["registry"]) == 2
     assert content(setup, "/etc/containers/certs.d/cache.example/ca.crt") == PEM
 
 
@@ -230,7 +252,7 @@ def test_kaniko() -> None:
         "--insecure-registry=cache.example:5000",
     ]
     assert "registry.example:5000: kaniko takes no path with a colon" in notes(setup)
-    (piece,) = made("kaniko", PLAIN, aliases={"registry.example:5000": "own"}).pieces
+    (piece,) = made("kaniko", PLAIN, aliases=ALIASES).pieces
     assert piece.content.splitlines()[2] == "--registry-map=registry.example:5000=cache.example:5000/own"
     (piece,) = made("kaniko", SECURE, bypass=False).pieces
     assert piece.content.splitlines()[-2:] == [

@@ -108,7 +108,9 @@ def documents(setup: Any) -> dict[str, Any]:
 def test_openshift() -> None:
     setup = made("openshift", PLAIN)
     found = documents(setup)
-    mirrors = [{"source": each, "mirrors": [f"cache.example:5000/{each}"]} for each in PLAIN.namespaces]
+    mirrors = [
+        {"source": each, "mirrors": [f"cache.example:5000/{each}"]} for each in ("docker.io", "ghcr.io")
+    ]
     assert found["ImageDigestMirrorSet"]["spec"] == {"imageDigestMirrors": mirrors}
     assert found["ImageTagMirrorSet"]["spec"] == {"imageTagMirrors": mirrors}
     assert patch(setup) == {"spec": {"registrySources": {"insecureRegistries": ["cache.example:5000"]}}}

@@ -127,6 +127,19 @@ def test_renovate_looks_up_both_kinds_of_names() -> None:
     assert "packageRules" not in content(made("renovate", SECURE, namespaces=("ghcr.io",)), RENOVATE)
 
 
+def test_argocd_image_updater_asks_for_each_registry_by_its_path() -> None:
+    path = "/etc/entrepot/clients/argocd-image-updater/config.yaml"
+    conf = content(made("argocd-image-updater", PLAIN), path)["data"]["registries.conf"]
+    found = {each["prefix"]: each for each in yaml.safe_load(conf)["registries"]}
+    assert found["docker.io"]["defaultns"] == "library" and found["docker.io"]["default"] is True
+    assert {name: each["api_url"] for name, each in found.items()} == {
+        **{each: f"http://cache.example:5000/{each}" for each in PLAIN.namespaces},
+        "cache.example:5000": "http://cache.example:5000",
+    }
+    conf = content(made("argocd-image-updater", SECURE), path)["data"]["registries.conf"]
+    assert {each["ca_data"] for each in yaml.safe_load(conf)["registries"]} == {PEM}
+
+
 def test_trivy_has_its_databases_from_a_mirror() -> None:
     path = "/etc/entrepot/clients/trivy/trivy.yaml"
     found = content(made("trivy", PLAIN), path)

@@ -10,7 +10,7 @@ from typing import Any
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.doctor.checks import Check, failed, ok, warning
 from proxy.doctor.machine import InvalidFile, Machine
-from proxy.setup.engines import CONTAINERS
+from proxy.setup.engines import CONTAINERS, mirror_paths
 
 CLIENT = "podman"
 Tables = dict[str, Mapping[str, Any]]  # [[registry]] by prefix
@@ -31,14 +31,14 @@ def _checks(machine: Machine) -> Iterator[Check]:
     direct, bypassed, mirrored = [], [], []
     for name in machine.site.namespaces:
         table = tables.get(name)
-        server = None if table is None else _find_server(machine, name, table)
+        server = None if table is None else _find_server(machine, table)
         if table is None or server is None:
             direct.append(name)
         elif fault := _find_fault(machine, name, table, server):
             yield failed("configuration", f"{CLIENT}, {name}", fault, machine.setup_command(CLIENT))
         else:
             mirrored.append(name)
-            if server is not table:
+            if server is not table and table.get("blocked") is not True:  # its mirrors are not blocked
                 bypassed.append(name)
             yield from _check_scope(machine, name, table, server)
     if mirrored:
@@ -91,25 +91,29 @@ def _files(machine: Machine) -> list[Path]:
     return [first, *more]
 
 
-def _find_server(machine: Machine, name: str, table: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The table or the mirror that names the server, or None."""
+def _find_server(machine: Machine, table: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first mirror that names the server, or else the table if it does, or None."""
+    return next(_servers(machine, table), None)
+
+
+def _servers(machine: Machine, table: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     mirrors = table.get("mirror", [])
     for each in [*(mirrors if isinstance(mirrors, list) else []), table]:
         if isinstance(each, Mapping) and str(each.get("location", "")).partition("/")[0] == machine.site.host:
-            return each
-    return None
+            yield each
 
 
 def _find_fault(machine: Machine, name: str, table: Mapping[str, Any], server: Mapping[str, Any]) -> str:
     """Why podman cannot pull through the server, or ""."""
     path = str(server.get("location", "")).partition("/")[2]
     bare = name == DOCKER_HUB and machine.site.hub
-    if path != name and not (bare and not path):
-        return f"its location ends in /{path}, but the path at the server is /{name}"
+    right = mirror_paths(machine.site).get(name)
+    if right is None:
+        return "its location has a colon in its path, so no pull works: give the namespace an alias"
+    if path != right and not (bare and not path):
+        return f"its location ends in /{path}, but the path at the server is /{right}"
     if machine.site.plain and server.get("insecure") is not True:
         return "has no insecure = true, so podman uses https, but the server has no TLS"
-    if table.get("blocked") is True:
-        return "is blocked, so podman asks neither the registry nor its mirrors"
     return ""
 
 
@@ -119,11 +123,12 @@ def _check_scope(
     mirrors = table.get("mirror", [])
     first = mirrors[0] if isinstance(mirrors, list) and mirrors else table
     subject = f"{CLIENT}, {name}"
-    if table.get("mirror-by-digest-only") is True or server.get("pull-from-mirror") == "digest-only":
+    kinds = {each.get("pull-from-mirror") or "all" for each in _servers(machine, table)}
+    if table.get("mirror-by-digest-only") is True or kinds == {"digest-only"}:
         message = "only digests are asked of the server, tags bypass it"
         advice = "remove mirror-by-digest-only and pull-from-mirror"
         yield warning("configuration", subject, message, advice)
-    elif server.get("pull-from-mirror") == "tag-only":
+    elif kinds == {"tag-only"}:
         yield warning("configuration", subject, "digests bypass the server", "remove pull-from-mirror")
     elif first is not server:
         message = (
@@ -139,7 +144,7 @@ def _check_prefixes(machine: Machine, tables: Tables) -> Iterator[Check]:
         if (
             namespace in machine.site.namespaces
             and prefix != namespace
-            and _find_server(machine, prefix, table) is None
+            and _find_server(machine, table) is None
         ):
             message = f"{prefix} has its own table, which does not name the server"
             yield warning("namespaces", CLIENT, message, "add the server as its mirror, or remove it")

@@ -1,4 +1,4 @@
-"""Configuration of image builders: BuildKit, kaniko and Jib.
+"""Configuration of image builders: BuildKit, kaniko, Jib and pack.
 
 None has a setting for all registries at once.  BuildKit and kaniko put a mirror's path after /v2, Jib before
 it.  Kaniko takes a path that begins with a host for the registry itself, and asks that: so it begins with v2.
@@ -6,9 +6,12 @@ it.  Kaniko takes a path that begins with a host for the registry itself, and as
 
 from __future__ import annotations
 
+import json
+
 from proxy.config.wellknown import DOCKER_HUB
+from proxy.setup.engines import left_out, mirror_paths
 from proxy.setup.formats import in_json, quoted
-from proxy.setup.site import Piece, Setup, Site
+from proxy.setup.site import SYSTEM, Piece, Setup, Site
 
 BUILDKIT = "/etc/buildkit"
 KANIKO = "/kaniko"
@@ -41,9 +44,7 @@ def buildkit(site: Site) -> Setup:
 def kaniko(site: Site) -> Setup:
     paths = {each: site.aliases.get(each) or f"v2/{each}" for each in site.namespaces}
     flags = [
-        f"--registry-map={_called(each)}={site.host}/{path}"
-        for each, path in paths.items()
-        if ":" not in path
+        f"--registry-map={called(each)}={site.host}/{path}" for each, path in paths.items() if ":" not in path
     ]
     notes = [
         "paths in --registry-map need kaniko 1.23; KANIKO_REGISTRY_MAP takes the same maps, separated by ;"
@@ -78,5 +79,22 @@ def jib(site: Site) -> Setup:
     return Setup("jib", pieces, "nothing else: Jib reads the file at each build", notes, trust=trust)
 
 
-def _called(namespace: str) -> str:
+def pack(site: Site) -> Setup:
+    lines = [
+        f"{json.dumps(called(each))} = {json.dumps(f'{site.host}/{path}')}\n"
+        for each, path in mirror_paths(site).items()
+    ]
+    pieces = [Piece("~/.pack/config.toml", "".join(["[registry-mirrors]\n", *lines]), "part")]
+    notes = [
+        "pack and dockerd, which pull by these names, contact no other registry if the server fails",
+        *left_out(site),
+    ]
+    if site.plain and not site.loopback:
+        notes.append("pack uses http only for loopback and private addresses, so the server needs TLS")
+    after = "nothing else: pack reads the file at each command"
+    return Setup("pack", pieces if lines else [], after, notes, trust=SYSTEM)
+
+
+def called(namespace: str) -> str:
+    """What tools made with go-containerregistry call it."""
     return INDEX if namespace == DOCKER_HUB else namespace

@@ -17,6 +17,7 @@ from proxy.setup.engines import (
     authorities,
     config_path,
     hosts,
+    left_out,
     registries,
 )
 from proxy.setup.formats import in_yaml
@@ -105,6 +106,7 @@ def minikube(site: Site) -> Setup:
         "the hosts.toml files are for --container-runtime=containerd, entrepot.conf for cri-o, the flags for"
         " docker, which mirrors Docker Hub only",
         "minikube copies the files at each start, but takes the flags only when it creates a cluster",
+        *left_out(site),
         *loopback_notes(site, "host.minikube.internal"),
     ]
     return Setup("minikube", pieces, "minikube start, with the flags for a new cluster", notes, undo=RECREATE)

@@ -154,28 +154,31 @@ def left_out(site: Site) -> list[str]:
         " --namespace, with those above, or pull by full name"
     ]
     notes = notes if site.patterns else []
-    if not (addresses := [each for each in site.namespaces if is_address(each)]):
+    if not (names := [each for each in site.namespaces if each not in mirror_paths(site)]):
         return notes
     return [
         *notes,
-        f"{', '.join(addresses)}: no mirror is possible, since registries.conf takes no IPv6 address in a"
-        f" path; give the namespace a name as an alias, and pull {site.host}/<alias>/…",
+        f"{', '.join(names)}: no mirror is possible, since its path would have a colon; give the namespace an"
+        f" alias, with which it has a mirror, or at an IPv6 address is pulled by name, {site.host}/<alias>/…",
     ]
 
 
-def is_address(namespace: str) -> bool:
-    """Whether it is an IPv6 address, which is no component of a repository's name, and so of no mirror."""
-    return namespace.startswith("[")
+def mirror_paths(site: Site) -> dict[str, str]:
+    """The paths of mirrors for clients that take them for the names of repositories, which have no colon.
+
+    A registry with a port has the path of an alias.  One at an IPv6 address has none: to such clients, that
+    is no name of a registry either.
+    """
+    paths = {each: site.aliases.get(each, "") if ":" in each else each for each in site.namespaces}
+    return {each: path for each, path in paths.items() if path and not each.startswith("[")}
 
 
 def registries(site: Site, directory: str = CONTAINERS) -> list[Piece]:
     """The files for all that read registries.conf: podman, buildah, skopeo, CRI-O."""
     insecure = "insecure = true\n" if site.plain else ""
     tables = []
-    for each in site.namespaces:
-        if is_address(each):
-            continue
-        mirror = f'location = "{site.host}/{each}"\n{insecure}'
+    for each, path in mirror_paths(site).items():
+        mirror = f'location = "{site.host}/{path}"\n{insecure}'
         if site.bypass:
             tables.append(f'[[registry]]\nlocation = "{each}"\n[[registry.mirror]]\n{mirror}')
         else:  # the server takes the place of the registry, so there is no fallback

@@ -8,7 +8,7 @@ from typing import Any
 
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.setup.clusters import EVERY, endpoints
-from proxy.setup.engines import is_address, left_out
+from proxy.setup.engines import left_out, mirror_paths
 from proxy.setup.formats import in_yaml, quoted
 from proxy.setup.site import OURS, Piece, Setup, Site, loopback_notes
 
@@ -55,9 +55,8 @@ def bottlerocket(site: Site) -> Setup:
 def openshift(site: Site) -> Setup:
     policy = {} if site.bypass else {"mirrorSourcePolicy": "NeverContactSource"}
     mirrors = [
-        {"source": each, "mirrors": [f"{site.host}/{each}"], **policy}
-        for each in site.namespaces
-        if not is_address(each)
+        {"source": each, "mirrors": [f"{site.host}/{path}"], **policy}
+        for each, path in mirror_paths(site).items()
     ]
     trees = [
         _document("ImageDigestMirrorSet", spec={"imageDigestMirrors": mirrors}),

@@ -34,6 +34,7 @@ GROUPS: Mapping[str, Mapping[str, Renderer]] = {
         "buildkit": builders.buildkit,
         "kaniko": builders.kaniko,
         "jib": builders.jib,
+        "pack": builders.pack,
     },
     "clusters": {
         "k3s": clusters.k3s,
@@ -65,6 +66,7 @@ GROUPS: Mapping[str, Mapping[str, Renderer]] = {
         "renovate": tools.renovate,
         "trivy": tools.trivy,
         "flux": tools.flux,
+        "argocd-image-updater": tools.argocd_image_updater,
     },
 }
 RENDERERS: Mapping[str, Renderer] = {

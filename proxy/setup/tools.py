@@ -1,12 +1,12 @@
-"""Configuration of tools that read registries: Renovate, trivy, Flux."""
+"""Configuration of tools that read registries: Renovate, trivy, Flux, Argo CD Image Updater."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from proxy.config.wellknown import DOCKER_HUB
-from proxy.setup.builders import INDEX
-from proxy.setup.engines import is_address
+from proxy.setup.builders import called
+from proxy.setup.engines import left_out, mirror_paths
 from proxy.setup.formats import in_json, in_yaml
 from proxy.setup.site import CA, OURS, SYSTEM, Piece, Setup, Site, loopback_notes
 
@@ -36,11 +36,11 @@ def renovate(site: Site) -> Setup:
 
 
 def trivy(site: Site) -> Setup:
-    names = [each for each in site.namespaces if not is_address(each)]
-    mirrors = {INDEX if each == DOCKER_HUB else each: [f"{site.host}/{each}"] for each in names}
+    paths = mirror_paths(site)
+    mirrors = {called(each): [f"{site.host}/{path}"] for each, path in paths.items()}
     tree: dict[str, Any] = {"registry": {"mirrors": mirrors}}
     notes = ["trivy asks the registry itself if the server fails, and no setting prevents that"]
-    if GHCR in names and TRIVY not in names:
+    if GHCR in paths and TRIVY not in paths:
         tree["db"] = {
             "repository": [f"{GHCR}/aquasecurity/trivy-db:2"],
             "java-repository": [f"{GHCR}/aquasecurity/trivy-java-db:1"],
@@ -53,6 +53,7 @@ def trivy(site: Site) -> Setup:
         "do not name the server in --db-repository: trivy goes on to the next repository after some answers,"
         " but not if the server is down"
     )
+    notes += left_out(site)
     path = f"{OURS}/trivy/trivy.yaml"
     after = f"trivy --config {path} image IMAGE, or TRIVY_CONFIG={path} in the environment"
     return Setup("trivy", [Piece(path, in_yaml(tree))], after, notes, undo="drop --config", trust=SYSTEM)
@@ -80,6 +81,37 @@ def flux(site: Site) -> Setup:
         "the images of pods are pulled by the nodes",
     ]
     return Setup("flux", pieces, after, [*notes, *loopback_notes(site)], undo="name the registry in each URL")
+
+
+def argocd_image_updater(site: Site) -> Setup:
+    hub = {"defaultns": "library", "default": True}  # a name without a registry is one of Docker Hub
+    registries = [
+        {
+            "name": each,
+            "prefix": each,
+            "api_url": f"{site.base}/{each}",
+            **(hub if each == DOCKER_HUB else {}),
+        }
+        for each in site.namespaces
+    ]
+    registries += [{"name": each, "prefix": each, "api_url": site.url_of(each)} for each in site.hosts]
+    if site.ca:
+        registries = [{**each, "ca_data": site.ca} for each in registries]
+    data = {"registries.conf": in_yaml({"registries": registries})}
+    metadata = {"name": "argocd-image-updater-config"}
+    tree = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+    path = f"{OURS}/argocd-image-updater/config.yaml"
+    after = (
+        f"kubectl patch -n NAMESPACE configmap {metadata['name']} --type merge --patch-file {path}; kubectl"
+        " rollout restart -n NAMESPACE deployment argocd-image-updater-controller"
+    )
+    notes = [
+        "only how images are looked up changes: their names stay as they are, and nodes pull them",
+        "registries.conf replaces the one that the ConfigMap has",
+        *loopback_notes(site),
+    ]
+    undo = "remove registries.conf from the ConfigMap, and restart the deployment"
+    return Setup("argocd-image-updater", [Piece(path, in_yaml(tree))], after, notes, undo=undo)
 
 
 def _source(kind: str, spec: dict[str, Any]) -> dict[str, Any]:

@@ -605,7 +605,8 @@ async def test_a_mirror_never_asks_for_the_passwords_of_what_it_mirrors(
 async def test_a_ping_where_a_store_is_the_default(opened: Open, users: Path) -> None:
     door = await opened({"htpasswd": str(users)}, top={"default_namespace": "local"})
     assert (await door.ask("GET", "/v2/")).status == 401
-    assert (await door.ask("GET", "/v2/", ALICE)).status == 200
+    welcome = await door.ask("GET", "/v2/", ALICE)
+    assert (welcome.status, welcome.headers["Cache-Control"]) == (200, "no-store")
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,8 @@ class DistributionAPI:
     async def _base(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
     ) -> web.StreamResponse:
-        response = content(b"{}", {"Content-Type": JSON, **exchange.tell()})
+        # no-store: what another cache kept would hide that a login is asked for now, or that nobody answers.
+        response = content(b"{}", {"Content-Type": JSON, "Cache-Control": "no-store", **exchange.tell()})
         if self._authorizer is not None and not exchange.peer:
             for challenge in await self._authorizer.ping(request, route.prefix, exchange):
                 response.headers.add("WWW-Authenticate", challenge)

@@ -175,6 +175,7 @@ ELSEWHERE = {
         "ollama pull http://cache.example:5000/ollama/llama3.2:1b --i": OWN,
         "MODEL_RUNNER_REGISTRY_MIRRORS=http://cache.example:5000 dock": OWN,
         "kit pull cache.example:5000/ghcr.io/jozu-ai/llama3:8b --plai": OWN,
+        "apptainer pull --no-https app.sif docker://cache.example:500": OWN,
         "python -m tests.clients.newest --directory built": "builds clients for half an hour",
     },
     "docs/migration.md": {"skopeo login harbor.example": "needs a Harbor; tests/test_copy.py copies"},

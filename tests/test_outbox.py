@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import json
@@ -28,10 +29,13 @@ from storage.errors import Denied, ManifestUnknown, StorageFailed
 from storage.keys import MANIFEST, OUTBOX, TAG
 from storage.maintenance.leases import Leases
 from storage.oci import OCI_MANIFEST, Manifest, Tag
+from storage.postgres.records import PostgresRecords
+from storage.records import Records
 from storage.store import Store
 from tests.conftest import Clock
 from tests.deaths import die_before
 from tests.moving import forked
+from tests.postgres import PostgresServer
 
 ACTIONS = ("push", "move", "delete")
 V1 = Tag("v1")
@@ -47,9 +51,9 @@ class Server:
     """A process with a private registry and a webhook; another one may have been on its directory."""
 
     def __init__(
-        self, root: Path, clock: Clock, actions: tuple[str, ...] = ("push", "move", "delete")
+        self, root: Path, clock: Clock, actions: tuple[str, ...] = ACTIONS, records: Records | None = None
     ) -> None:
-        self.records = SQLiteRecords(root / "records", clock)
+        self.records = SQLiteRecords(root / "records", clock) if records is None else records
         self.store = Store(BlobFiles(root, clock, private=True), self.records, clock)
         self.queue = Queue(SQLiteRecords(root / "events", clock), clock)
         hook = WebhookConfig(name="a", url=Secret("http://localhost/"), actions=actions)  # type: ignore[arg-type]
@@ -144,6 +148,30 @@ async def test_records_that_cannot_be_read_fail_no_push(
     await server.outbox.resume()
     assert (server.told(), server.recorded()) == (["push"], 0)
     await server.close()
+
+
+@pytest.mark.clients
+async def test_of_a_fleet_one_server_tells_what_another_did(
+    tmp_path: Path, clock: Clock, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres_server.database()
+    doomed, *others = (Server(tmp_path / name, clock, records=PostgresRecords(url)) for name in "abc")
+
+    async def dies() -> None:
+        """It is killed before the queue has the event."""
+
+    with monkeypatch.context() as killed:
+        killed.setattr(doomed.outbox, "flush", dies)
+        await doomed.push(MANIFESTS[0])
+    for each in others:
+        await each.outbox.resume()
+        assert each.told() == []  # it may be at work still
+    clock.advance(module.LEFT + 1)
+    await asyncio.gather(*(each.outbox.resume() for each in others))
+    assert sorted(each.told() for each in others) == [[], ["push"]]
+    assert doomed.recorded() == 0
+    for each in (doomed, *others):
+        await each.close()
 
 
 @pytest.mark.clients

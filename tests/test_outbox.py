@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import json
 import os
 import re
 import signal
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +97,12 @@ class Server:
         await self.publisher.close()
         self.queue.close()
         await self.store.close()
-        gc.collect(1)  # errors of this test hold what has connections of other threads
+
+
+@pytest.fixture(autouse=True)
+async def no_thread_left() -> AsyncIterator[None]:
+    yield
+    await asyncio.get_running_loop().shutdown_default_executor()  # whose threads have the records open
 
 
 async def test_events_are_queued_and_their_records_removed(tmp_path: Path, clock: Clock) -> None:
@@ -109,6 +114,27 @@ async def test_events_are_queued_and_their_records_removed(tmp_path: Path, clock
     assert server.recorded() == 0
     await server.outbox.resume()
     assert server.told() == ["push", "move", "push"]
+    await server.close()
+
+
+async def test_what_is_queued_while_others_are_removed_is_removed_too(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path, clock)
+    loop, remove, more = asyncio.get_running_loop(), Outbox._remove, [MANIFESTS[1]]
+
+    def removing(self: Outbox, keys: Iterable[str]) -> None:
+        while more:
+            asyncio.run_coroutine_threadsafe(server.push(more.pop()), loop).result()
+        remove(self, keys)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Outbox, "_remove", removing)
+        meanwhile.setattr(module, "GATHERED", 0.0)
+        await server.push(MANIFESTS[0])
+        assert server.outbox._removing is not None
+        await asyncio.wait([server.outbox._removing])
+    assert (server.recorded(), server.told()) == (0, ["push", "move", "push"])
     await server.close()
 
 

@@ -19,6 +19,7 @@ import structlog
 
 from proxy.webhooks.event import Event, decode, encode
 from proxy.webhooks.publisher import Publisher
+from storage.concurrency import uninterrupted
 from storage.errors import StorageFailed
 from storage.keys import OUTBOX
 from storage.records import Batch, batches
@@ -57,6 +58,9 @@ class Outbox:
 
     async def flush(self) -> None:
         """Return when all that this process has recorded is in the queues, or is lost.  Raises nothing."""
+        await uninterrupted(self._flush())
+
+    async def _flush(self) -> None:
         async with self._flushing:
             with suppress(StorageFailed):  # the records have logged it; resume() finds what is there
                 found = await self._store.run(self._read, OUTBOX.prefix(self._process))
@@ -70,14 +74,18 @@ class Outbox:
         return {key: decode(value) for key, value in records if key not in self._queued}
 
     async def _remove_later(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(GATHERED):
-                await self._closing.wait()
-        keys = sorted(self._queued)
-        with suppress(StorageFailed):  # the next removal tries again
-            await self._store.run(self._remove, keys)
-            self._queued -= set(keys)
-        self._removing = None
+        try:
+            while self._queued:  # also what is queued while others are removed
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(GATHERED):
+                        await self._closing.wait()
+                keys = sorted(self._queued)
+                await self._store.run(self._remove, keys)
+                self._queued.difference_update(keys)
+        except StorageFailed:
+            pass  # the next flush() tries again
+        finally:
+            self._removing = None
 
     def _remove(self, keys: Iterable[str]) -> None:
         for some in batches(keys):

@@ -162,6 +162,18 @@ class Expected:
                 found.append((key, value))
         return found
 
+    def set_unanswered(self, found: dict[Key, str | None]) -> list[tuple[Key, str, bool]]:
+        """The tags that one operation alone has set, without an answer: to what, and whether they moved."""
+        by_key: dict[Key, list[str | None]] = {}
+        for key, value, _ in self._done:
+            by_key.setdefault(key, []).append(value)
+        return [
+            (key, value, self.held.get(key) is not None)
+            for key, (value, *others) in by_key.items()
+            if key[0] == "tag" and value is not None and not others
+            if found.get(key) == value != self.held.get(key)
+        ]
+
     def compare(self, found: dict[Key, str | None], collected: bool, erased: bool, what: str) -> None:
         """At the end of a round, in which a collection ran, or an operator deleted, among `what` ran."""
         kept, fixed = self._kept(erased), self._fixed()

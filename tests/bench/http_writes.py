@@ -3,7 +3,8 @@
 In rounds: in each, one to eight requests come at once, to a server with three workers, or to two servers over
 one bucket and one database.  Meanwhile a worker, the housekeeping, a whole server or the database may be
 killed, or the bucket may be away.  After each round all is read and compared with what may be there.  At the
-end a webhook must have been told of all that was acknowledged, and of nothing that was not even begun.
+end a webhook must have been told of all that was acknowledged, and of tags that were set without an answer,
+and of nothing that was not even begun.
 """
 
 from __future__ import annotations
@@ -104,7 +105,12 @@ class Clients:
             self.telling.must.add(self.telling.may("tag.moved", repository, digest, tag))
         keys = sorted(self.expected.keys())
         seen = await asyncio.gather(*map(self._read, keys))
-        self.expected.compare(dict(zip(keys, seen, strict=True)), False, False, what)
+        found = dict(zip(keys, seen, strict=True))
+        for (_, repository, tag), digest, moved in self.expected.set_unanswered(found):
+            self.done["set by a request without an answer"] += 1
+            for kind in ("manifest.pushed", *(["tag.moved"] if moved else [])):
+                self.telling.must.add(self.telling.may(kind, repository, digest, tag))
+        self.expected.compare(found, False, False, what)
 
     async def _settled(self) -> None:
         """Wait until all workers answer."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tests.receiver import Receiver
 
-LATE = 60.0  # seconds after which an event is lost
+LATE = 180.0  # seconds after which an event is lost: that of a process that died comes in two minutes
 ACTIONS = ["push", "mount", "delete", "move"]
 
 
@@ -28,7 +28,7 @@ class Told(NamedTuple):
 
 
 class Telling:
-    """What was begun may be told, and what was acknowledged must be."""
+    """What was begun may be told, and what was acknowledged or seen to be done must be."""
 
     def __init__(self) -> None:
         self._may: set[Told] = set()

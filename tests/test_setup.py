@@ -54,6 +54,16 @@ def notes(setup: Setup) -> str:
     return "\n".join(setup.notes)
 
 
+def test_dagger_has_the_path_of_each_registry() -> None:
+    path = "~/.config/dagger/engine.json"
+    found = content(made("dagger", PLAIN), path)["registries"]
+    assert found.pop("cache.example:5000") == {"http": True}
+    assert found == {each: {"mirrors": [f"cache.example:5000/{each}"]} for each in PLAIN.namespaces}
+    secure = made("dagger", SECURE, bypass=False)
+    assert list(content(secure, path)["registries"]) == list(SECURE.namespaces)
+    assert "no setting prevents that" in notes(secure)
+
+
 def test_pack_calls_docker_hub_by_the_name_of_its_index() -> None:
     setup = made("pack", PLAIN)
     assert content(setup, "~/.pack/config.toml") == {

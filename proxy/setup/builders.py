@@ -1,4 +1,4 @@
-"""Configuration of image builders: BuildKit, kaniko, Jib and pack.
+"""Configuration of image builders: BuildKit, Dagger, kaniko, Jib and pack.
 
 None has a setting for all registries at once.  BuildKit and kaniko put a mirror's path after /v2, Jib before
 it.  Kaniko takes a path that begins with a host for the registry itself, and asks that: so it begins with v2.
@@ -11,7 +11,7 @@ import json
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.setup.engines import left_out, mirror_paths
 from proxy.setup.formats import in_json, quoted
-from proxy.setup.site import SYSTEM, Piece, Setup, Site
+from proxy.setup.site import SYSTEM, Piece, Setup, Site, loopback_notes
 
 BUILDKIT = "/etc/buildkit"
 KANIKO = "/kaniko"
@@ -39,6 +39,22 @@ def buildkit(site: Site) -> Setup:
         " for a separate builder"
     )
     return Setup("buildkit", [Piece(f"{BUILDKIT}/buildkitd.toml", "\n".join(tables)), *pieces], after, notes)
+
+
+def dagger(site: Site) -> Setup:
+    registries: dict[str, object] = {each: {"mirrors": [f"{site.host}/{each}"]} for each in site.namespaces}
+    if site.plain:
+        registries |= {each: {"http": True} for each in site.hosts}
+    notes = [
+        "the file is for the engine that dagger starts itself; one of your own reads /etc/dagger/engine.json",
+        *loopback_notes(site),
+    ]
+    if not site.bypass:
+        notes.append("Dagger contacts the registry itself if a mirror fails, and no setting prevents that")
+    after = "remove the container of the engine: the next dagger command starts another"
+    trust = "mount FILE into the engine, as /usr/local/share/ca-certificates/entrepot.crt"
+    pieces = [Piece("~/.config/dagger/engine.json", in_json({"registries": registries}), "keys")]
+    return Setup("dagger", pieces, after, notes, trust=trust)
 
 
 def kaniko(site: Site) -> Setup:

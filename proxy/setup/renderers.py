@@ -32,6 +32,7 @@ GROUPS: Mapping[str, Mapping[str, Renderer]] = {
     },
     "builders": {
         "buildkit": builders.buildkit,
+        "dagger": builders.dagger,
         "kaniko": builders.kaniko,
         "jib": builders.jib,
         "pack": builders.pack,

@@ -16,7 +16,8 @@ from proxy.namespaces.composition import Composition, compose
 from proxy.namespaces.references import FieldInvalid
 from proxy.transfer.bundle_import import BundleImport, ImportOptions
 from proxy.transfer.results import BundleImported
-from storage.errors import ArchiveInvalid, RegistryError
+from storage.archives.importer import TRIES, Importer
+from storage.errors import ArchiveInvalid, RegistryError, StorageFailed
 from storage.oci import ARTIFACTS, OCI_INDEX, Digest, Tag
 from tests import archives
 from tests.archives import IMAGE_NAME, REF_NAME, Files, Made, block, image, layout, member, saved, tar
@@ -296,6 +297,33 @@ async def test_a_child_without_its_blobs(site: Site, which: str, lost: int) -> N
     ]
     await site.holds(NAME, made.digest, made)
     assert site.parts.store.records.get(f"manifest {NAME} {attestation.digest}") is None
+
+
+@pytest.mark.parametrize("times", [2, 3])
+async def test_what_is_evicted_before_it_is_linked_is_imported_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    made = image(b"a layer")
+    path = site.parts.store.files.path(Digest(archives.digest_of(b"a layer")))
+    assert path is not None
+    publish, left = Importer._publish, times
+
+    def evicted(self: Importer) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            path.unlink()
+        publish(self)
+
+    monkeypatch.setattr(Importer, "_publish", evicted)
+    files = layout([(made, {REF_NAME: "alpine:3"})])
+    if times < TRIES:
+        await site.take(files)
+        await site.holds(NAME, "3", made)
+        return
+    with pytest.raises(StorageFailed, match="are evicted before all are imported: the cache is too small"):
+        await site.take(files)
+    assert site.parts.store.records.first("tag ") is None
 
 
 async def test_only_some_platforms(site: Site) -> None:

@@ -7,6 +7,8 @@ what is stored, and resumes a blob that was written in part.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from storage.oci import OCTETS, Descriptor, Digest, Manifest, Tag
 from storage.records import Batch, Records, batches
 from storage.store import Store
 
+TRIES = 3  # how often blobs are imported again that were evicted meanwhile
 Tick = Callable[[int], None]  # called with the bytes imported so far
 
 
@@ -107,11 +110,19 @@ class Importer:
 
         If a tag has become immutable meanwhile, the error of `allowed` may come after some were set.
         """
-        for store, blobs in self._blobs():
-            for digest in sorted(blobs, key=self._layout.position):
-                if not renew_if_stored(store, digest, blobs[digest]):
-                    await self._import_blob(store, digest, blobs[digest], tick)
-        await run_in_thread(self._publish)
+        for _ in range(TRIES):
+            for store, blobs in self._blobs():
+                for digest in sorted(blobs, key=self._layout.position):
+                    if not renew_if_stored(store, digest, blobs[digest]):
+                        await self._import_blob(store, digest, blobs[digest], tick)
+            try:
+                return await run_in_thread(self._publish)
+            except BlobUnknown:
+                continue  # it was evicted before it was linked
+        raise StorageFailed(
+            f"blobs of {self._layout.what} are evicted before all are imported: the cache is too small",
+            cause=os.strerror(errno.ENOSPC),
+        )
 
     async def _import_blob(self, store: Store, digest: Digest, size: int, tick: Tick) -> None:
         upload = await self._started(store, digest)

@@ -71,7 +71,7 @@ class BundleRounds(Rounds):
 
     def _parts(self, server: Server) -> Composition:
         parts: Any = SimpleNamespace(
-            clock=self.clock, store=SimpleNamespace(files=server.store.files), publisher=None
+            clock=self.clock, store=SimpleNamespace(files=server.store.files), outbox=None
         )
         parts.namespaces = Namespaces([Member(server.hosted, "local")])
         parts.stores, parts.hosted = [server.store], {"local": server.hosted}

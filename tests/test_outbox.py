@@ -117,7 +117,7 @@ async def test_events_are_queued_and_their_records_removed(tmp_path: Path, clock
     await server.close()
 
 
-async def test_what_is_queued_while_others_are_removed_is_removed_too(
+async def test_what_could_not_be_removed_or_is_queued_meanwhile_is_removed_too(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(tmp_path, clock)
@@ -126,11 +126,13 @@ async def test_what_is_queued_while_others_are_removed_is_removed_too(
     def removing(self: Outbox, keys: Iterable[str]) -> None:
         while more:
             asyncio.run_coroutine_threadsafe(server.push(more.pop()), loop).result()
+            raise StorageFailed("it is being moved")
         remove(self, keys)
 
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(Outbox, "_remove", removing)
-        meanwhile.setattr(module, "GATHERED", 0.0)
+        for each in ("GATHERED", "AGAIN"):
+            meanwhile.setattr(module, each, 0.0)
         await server.push(MANIFESTS[0])
         assert server.outbox._removing is not None
         await asyncio.wait([server.outbox._removing])

@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 LEFT = 60.0  # seconds after which the process that recorded an event has died, or cannot queue it
 GATHERED = 1.0  # seconds for which records of queued events are gathered, to remove them in one transaction
+AGAIN = 10.0  # seconds until a removal that failed is tried again: before others find them
 _TIME, _COUNT = 16, 6  # digits of the two parts of a number
 
 
@@ -66,26 +67,31 @@ class Outbox:
                 found = await self._store.run(self._read, OUTBOX.prefix(self._process))
                 await self._publisher.publish_all(filter(None, found.values()))
                 self._queued |= found.keys()
-        if self._queued and self._removing is None and not self._closing.is_set():
+        removing = self._removing is not None and not self._removing.done()
+        if self._queued and not removing and not self._closing.is_set():
             self._removing = asyncio.create_task(self._remove_later())
 
     def _read(self, prefix: str) -> dict[str, Event | None]:
+        queued = set(self._queued)  # as it is now: one that is removed meanwhile may still be read
         records = self._store.records.scan(prefix)
-        return {key: decode(value) for key, value in records if key not in self._queued}
+        return {key: decode(value) for key, value in records if key not in queued}
 
     async def _remove_later(self) -> None:
-        try:
-            while self._queued:  # also what is queued while others are removed
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(GATHERED):
-                        await self._closing.wait()
-                keys = sorted(self._queued)
+        wait = GATHERED
+        while self._queued:  # also what is queued while others are removed
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._closing.wait()
+            keys = sorted(self._queued)
+            try:
                 await self._store.run(self._remove, keys)
+            except StorageFailed:  # during a move, for example, for some seconds
+                if self._closing.is_set():
+                    break
+                wait = AGAIN
+            else:
                 self._queued.difference_update(keys)
-        except StorageFailed:
-            pass  # the next flush() tries again
-        finally:
-            self._removing = None
+                wait = GATHERED
 
     def _remove(self, keys: Iterable[str]) -> None:
         for some in batches(keys):

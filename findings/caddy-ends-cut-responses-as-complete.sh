@@ -4,7 +4,7 @@
 # Actual: Caddy does so where there is a Content-Length. A response in chunks that is cut off gets its last chunk from Caddy: the client sees a
 #   complete response with status 200, of fewer bytes. nginx ends it as incomplete. With `encode gzip`, HEAD for a JSON document has
 #   the length of 20 bytes, which is that of compressed nothing, beside the ETag and digest of the whole.
-# Versions: caddy 2.6.2-5, nginx 1.22.1-9+deb12u11 (Debian 12).
+# Versions: caddy 2.6.2-5, nginx 1.22.1-9+deb12u11 (Debian 12). Caddy 2.11.9 does neither.
 # Why a registry cache must care: behind Caddy a restart cuts lists short, and blobs that are passed on without a length, and no client can
 #   tell, unless it knows the digest. Send each response with its length, or compare what came with one that is known. As a client, believe
 #   no length of HEAD if it says `Content-Encoding`.

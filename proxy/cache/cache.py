@@ -21,7 +21,7 @@ from proxy.cache.origin import CheckedRegistry, Origin
 from proxy.cache.policy import Policy
 from proxy.cache.readers import BlobSource, UncachedBlob
 from proxy.cache.shared_tier import SharedTier
-from proxy.cache.tag_moves import TagMoves
+from proxy.cache.tag_listener import TagListener
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import current
 from storage.disk.blobs import TOUCH
@@ -47,8 +47,8 @@ def _client() -> str:
 class Cache(Registry):
     """A registry that answers from `store` and fills it from `origin`.
 
-    Repositories have the origin's names; in the store `namespace` precedes them.  `moved` is called when a
-    tag moves.  While `drill` cuts off the namespace, the cache behaves as if it were offline.
+    Repositories have the origin's names; in the store `namespace` precedes them.  `listener` is
+    called when a tag moves.  While `drill` cuts off the namespace, the cache behaves as if it were offline.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Cache(Registry):
         fills: Fills,
         policy: Policy,
         clock: Callable[[], float] = time.time,
-        moved: TagMoves | None = None,
+        listener: TagListener | None = None,
         drill: Drill | None = None,
     ) -> None:
         self._namespace = namespace
@@ -68,7 +68,7 @@ class Cache(Registry):
         self._policy = policy
         self._clock = clock
         self._origin = Origin(namespace, origin, store, policy, clock, drill or Drill(clock))
-        self._tags = TagRevalidation(self._origin, store, policy, clock, moved)
+        self._tags = TagRevalidation(self._origin, store, policy, clock, listener)
         self._listings = Listings(self._origin, store, policy, clock)
         self._completeness = Completeness(policy.refuse_incomplete, self._origin, store, fills)
 

@@ -22,7 +22,7 @@ from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin, Vouched
 from proxy.cache.policy import Policy
 from proxy.cache.shared_store import BucketRest, SharedStore
-from proxy.cache.tag_moves import TagMoves
+from proxy.cache.tag_listener import TagListener
 from proxy.cache.tags import TagRevalidation
 from proxy.telemetry.exchange import origin_age
 from storage.errors import (
@@ -43,7 +43,7 @@ class SharedTier(Registry):
     """The origin of a server's own cache: `store`, which servers share, and `upstream` for the rest.
 
     Repositories have the upstream's names; in the store `namespace` precedes them.  `policy` says when the
-    upstream is asked; `moved` is called when a tag turns out to have moved there.
+    upstream is asked; `listener` is called when a tag turns out to have moved there.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class SharedTier(Registry):
         policy: Policy,
         clock: Callable[[], float] = time.time,
         drill: Drill | None = None,
-        moved: TagMoves | None = None,
+        listener: TagListener | None = None,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self.upstream = upstream
         self._namespace = namespace
         self._store = store
         self._origin = Origin(namespace, upstream, store, policy, clock, drill or Drill(clock))
-        self._tags = TagRevalidation(self._origin, store, policy, clock, moved)
+        self._tags = TagRevalidation(self._origin, store, policy, clock, listener)
         self._listings = Listings(self._origin, store, policy, clock)
         self._rest = BucketRest(ticks)
 

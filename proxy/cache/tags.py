@@ -18,7 +18,7 @@ from proxy.cache.answered import Answered
 from proxy.cache.negatives import RequestKey
 from proxy.cache.origin import Origin, Vouched
 from proxy.cache.policy import Policy
-from proxy.cache.tag_moves import TagMoves
+from proxy.cache.tag_listener import TagListener
 from proxy.telemetry.exchange import origin_age, past_owners
 from storage.errors import (
     ManifestUnknown,
@@ -65,7 +65,7 @@ class _Validated(NamedTuple):
 class TagRevalidation:
     """What a tag stands for, revalidated when it is no longer fresh.
 
-    `moved` hears when a tag turns out to stand for another manifest than before.
+    `listener` is called when a tag turns out to stand for another manifest than before.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class TagRevalidation:
         store: Store,
         policy: Policy,
         clock: Callable[[], float],
-        moved: TagMoves | None = None,
+        listener: TagListener | None = None,
     ) -> None:
         self._origin = origin
         self._store = store
         self._policy = policy
         self._clock = clock
-        self._moved = moved
+        self._listener = listener
 
     async def get(self, repository: str, tag: Tag) -> Answered[Manifest]:
         """The manifest: as known if that is fresh or the origin cannot be asked, else as the origin says.
@@ -233,16 +233,16 @@ class TagRevalidation:
             manifest = await self._origin.registry.get_manifest(repository, tag)
 
         def moving(batch: Batch) -> None:
-            if self._moved is not None:
-                self._moved.record(batch, name, tag, old, manifest.digest)
+            if self._listener is not None:
+                self._listener.record(batch, name, tag, old, manifest.digest)
 
         await self._origin.keep(self._store.push_manifest(name, tag, manifest, allowed=moving))
         namespace = self._origin.namespace
         log.info(
             "tag.moved", namespace=namespace, repository=repository, tag=tag, old=old, new=manifest.digest
         )
-        if self._moved is not None:
-            await self._moved.tell(name, tag, old, manifest.digest)
+        if self._listener is not None:
+            await self._listener.moved(name, tag, old, manifest.digest)
         return manifest
 
 

@@ -21,7 +21,7 @@ from proxy.cache.fills import Fills
 from proxy.cache.policy import Policy, Threshold
 from proxy.cache.shared_store import SharedStore
 from proxy.cache.shared_tier import SharedTier
-from proxy.cache.tag_moves import TagMoves
+from proxy.cache.tag_listener import TagListener
 from proxy.config.errors import StartError
 from proxy.config.registry_hosts import EVERY, registry_host
 from proxy.config.schema import Config, NamespaceConfig
@@ -53,8 +53,8 @@ IDLE = 300.0  # seconds after its last request until the cache of a host may mak
 class CacheFactory:
     """Makes caches over one store; if several servers share a store, before that.
 
-    moves: hears when a cache learns that a tag moved
-    moves_upstream: and when one of several servers does, from the upstream
+    listener: is called when a cache learns that a tag moved
+    upstream_listener: and when one of several servers does, from the upstream
     """
 
     config: Config
@@ -64,8 +64,8 @@ class CacheFactory:
     store: Store
     common: SharedStore | None
     fills: Fills
-    moves: TagMoves
-    moves_upstream: TagMoves | None
+    listener: TagListener
+    upstream_listener: TagListener | None
     drill: Drill
     listings: ListingMemory
     guard: PolicyGuard
@@ -85,11 +85,13 @@ class CacheFactory:
     def _cache(self, name: str, origin: Registry, settings: NamespaceConfig) -> Cache:
         policy = self._policy(settings)
         if self.common is None:
-            return Cache(name, origin, self.store, self.fills, policy, self.clock, self.moves, self.drill)
+            return Cache(name, origin, self.store, self.fills, policy, self.clock, self.listener, self.drill)
         else:
-            tier = SharedTier(name, origin, self.common, policy, self.clock, self.drill, self.moves_upstream)
+            tier = SharedTier(
+                name, origin, self.common, policy, self.clock, self.drill, self.upstream_listener
+            )
             local = before_shared(policy)
-            return Cache(name, tier, self.store, self.fills, local, self.clock, self.moves)
+            return Cache(name, tier, self.store, self.fills, local, self.clock, self.listener)
 
     def _upstreams(self, name: str, upstream: UpstreamConfig) -> list[UpstreamRegistry]:
         """One for each URL.  Raises StartError if a file that they need cannot be read."""

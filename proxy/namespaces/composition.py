@@ -33,9 +33,9 @@ from proxy.namespaces.hooks import NONE, Hooks
 from proxy.namespaces.hosted import Hosted, PushRules
 from proxy.namespaces.private import private_store
 from proxy.namespaces.routing import Member, Namespaces
-from proxy.namespaces.told_moves import ToldMoves
+from proxy.namespaces.tag_move_recorder import TagMoveRecorder
 from proxy.namespaces.upkeep import Maintenance, MaintenanceFactory, leases
-from proxy.namespaces.webhook_parts import outboxes_of, queue_and_publisher
+from proxy.namespaces.webhook_factory import outboxes_of, queue_and_publisher
 from proxy.policy.guard import PolicyGuard
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.usage_recorder import UsageRecorder
@@ -95,7 +95,7 @@ class Composition:
     publisher: Publisher | None
     outbox: Outbox | None
     outboxes: list[Outbox]
-    moves: ToldMoves
+    moves: TagMoveRecorder
     drill: Drill
     fills: Fills
     peers: Peers | None
@@ -190,7 +190,7 @@ class _Composer:
         copies = self._copies(store, fills)
         private = self._private(copies, store)
         outboxes = outbox, cached, upstream = self._outboxes(publisher, private, store, common)
-        moves = ToldMoves(recorder, cached, config.policy.active, clock)
+        moves = TagMoveRecorder(recorder, cached, config.policy.active, clock)
         peers = fleet_of(config, clock, self._metrics, self._shared)
         held = publisher.held if publisher else None
         guard = PolicyGuard(config, store, clock, self._metrics, held, self._extensions)
@@ -202,8 +202,8 @@ class _Composer:
             store=store,
             common=common,
             fills=fills,
-            moves=moves if common is None else ToldMoves(recorder, None, config.policy.active),
-            moves_upstream=ToldMoves(None, upstream, clock=clock),
+            listener=moves if common is None else TagMoveRecorder(recorder, None, config.policy.active),
+            upstream_listener=TagMoveRecorder(None, upstream, clock=clock),
             drill=drill,
             listings=self._listings,
             guard=guard,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from proxy.cache.copies import BlobCopies
-from proxy.namespaces.pushed import checked
+from proxy.namespaces.push_validation import parse_pushed
 from proxy.telemetry.exchange import current, in_exchange
 from proxy.webhooks.event import about_tag, take_caused
 from storage.concurrency import run_sized
@@ -284,7 +284,7 @@ class Hosted(Registry):
     ) -> Descriptor:
         """Raises Denied if a tag is immutable and would move."""
         name = self._full(repository)
-        content = await run_sized(len(manifest.content), checked, manifest)
+        content = await run_sized(len(manifest.content), parse_pushed, manifest)
         digest = reference if isinstance(reference, Digest) else manifest.digest
         pushed = [*([reference] if isinstance(reference, Tag) else []), *tags]
         record, flush = self._recording()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from proxy.config.registry_hosts import EVERY
 from proxy.config.schema import Config
 from proxy.webhooks.event import deletion
-from storage.maintenance.collection import Telling
+from storage.maintenance.collection import RemovalListener
 from storage.maintenance.eviction import EvictionRules
 from storage.maintenance.pins import Pins
 from storage.maintenance.retention import KeepTags, RetentionRules
@@ -50,8 +50,8 @@ def retention_rules(config: Config, pins: Pins, repository: str) -> RetentionRul
     return RetentionRules(hosting.keep_untagged_for, tags, hosting.immutable_tags, tuple(pins.list()))
 
 
-class Deletions(Telling):
-    """Tells webhooks of the tags that are deleted, for threads of the event loop that runs now."""
+class Deletions(RemovalListener):
+    """Records the deletions for webhooks, for threads of the event loop that runs now."""
 
     def __init__(self, outbox: Outbox, clock: Callable[[], float]) -> None:
         self._outbox = outbox
@@ -62,9 +62,9 @@ class Deletions(Telling):
         now = self._clock()
         self._outbox.record(batch, [deletion(now, repository, tag) for tag in tags])
 
-    def tell(self) -> None:
+    def removed(self) -> None:
         asyncio.run_coroutine_threadsafe(self._outbox.flush(), self._loop).result()
 
 
-def deletions(outbox: Outbox | None, clock: Callable[[], float]) -> Telling:
-    return Telling() if outbox is None else Deletions(outbox, clock)
+def deletions(outbox: Outbox | None, clock: Callable[[], float]) -> RemovalListener:
+    return RemovalListener() if outbox is None else Deletions(outbox, clock)

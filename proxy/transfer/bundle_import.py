@@ -211,7 +211,7 @@ class BundleImport:
         for target, tag, digest, before in moved:
             cached = target.store is parts.store
             if cached and before is not None and before != digest:
-                await parts.moves.tell(target.repository, tag, before, digest)
+                await parts.moves.moved(target.repository, tag, before, digest)
             if options.pin and cached:
                 await run_in_thread(parts.pins.add, Pin(written(target.repository, tag)))
         if parts.outbox is not None:

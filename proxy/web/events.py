@@ -57,7 +57,7 @@ class RequestEvents:
             await self._reporter.publish(event)
 
     @asynccontextmanager
-    async def told(
+    async def caused_by(
         self,
         action: EventAction,
         kind: ContentKind,

@@ -319,7 +319,7 @@ class Push:
             named = replace(named, digest=reference)
         pushed = [reference, *tags] if isinstance(reference, Tag) else tags
         about = request, route, exchange, named
-        async with self._events.told("push", "manifest", *about, tags=pushed or (None,)):
+        async with self._events.caused_by("push", "manifest", *about, tags=pushed or (None,)):
             with step("store.write", attributes={"entrepot.digest": manifest.digest}):
                 when = parse_conditions(request)
                 descriptor = await self._registry.push_manifest(name, reference, manifest, tags, when)
@@ -348,10 +348,10 @@ class Push:
         async def delete() -> None:
             about = request, route, exchange
             if isinstance(reference, Tag):
-                told = self._events.told("delete", "tag", *about, tags=[reference])
+                events = self._events.caused_by("delete", "tag", *about, tags=[reference])
             else:
-                told = self._events.told("delete", "manifest", *about, Descriptor("", reference, -1))
-            async with told:
+                events = self._events.caused_by("delete", "manifest", *about, Descriptor("", reference, -1))
+            async with events:
                 await self._registry.delete_manifest(name, reference, parse_conditions(request))
 
         await uninterrupted(delete())
@@ -365,7 +365,7 @@ class Push:
 
         async def delete() -> None:
             gone = Descriptor(OCTETS, digest, -1)
-            async with self._events.told("delete", "blob", request, route, exchange, gone):
+            async with self._events.caused_by("delete", "blob", request, route, exchange, gone):
                 await self._registry.delete_blob(name, digest, parse_conditions(request))
 
         await uninterrupted(delete())

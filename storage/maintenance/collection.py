@@ -97,13 +97,13 @@ class CollectionReport(msgspec.Struct, kw_only=True):
     rows: list[CollectionRow] = []
 
 
-class Telling:
-    """Hears of tags that are removed; this one does nothing."""
+class RemovalListener:
+    """Is called for tags that are removed; this one does nothing."""
 
     def record(self, batch: Batch, repository: str, tags: Sequence[str]) -> None:
         """In the transaction that removes them."""
 
-    def tell(self) -> None:
+    def removed(self) -> None:
         """After it, in the same thread."""
 
 
@@ -112,7 +112,7 @@ class Collection:
 
     Several collections may run at once, in one or many processes.  `rules` returns the retention rules of a
     repository, given by its full name.  `pause` is called with a number of seconds to wait, `done` with every
-    report except those of dry runs, and `telling` hears of the tags that are removed.
+    report except those of dry runs, and `listener` is called for the tags that are removed.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Collection:
         clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
         done: Callable[[CollectionReport], None] = lambda report: None,
-        telling: Telling | None = None,
+        listener: RemovalListener | None = None,
     ) -> None:
         self.store = store
         self.rules = rules
@@ -131,7 +131,7 @@ class Collection:
         self.clock = clock
         self.pause = pause
         self.done = done
-        self.telling = telling or Telling()
+        self.listener = listener or RemovalListener()
         self.watch = Watch(store, clock)
 
     def run(self, dry_run: bool = False) -> CollectionReport:
@@ -268,7 +268,7 @@ class _CollectionRun:
         def remove(removal: Removal, batch: Batch) -> bool:
             removed = marks.remove(removal, batch)
             if removed and removal.tags:
-                self._collection.telling.record(batch, marks.repository, marks.named(removal)[0])
+                self._collection.listener.record(batch, marks.repository, marks.named(removal)[0])
             return removed
 
         for removal in self._remove_each(marks, choose, remove):
@@ -289,7 +289,7 @@ class _CollectionRun:
                     digest=each.digest,
                     reason=each.reason,
                 )
-            self._collection.telling.tell()
+            self._collection.listener.removed()
 
     def _remove_links(self, marks: Reachability, row: CollectionRow) -> None:
         repository, young, removed = marks.repository, 0, list[str]()

@@ -12,7 +12,7 @@ import msgspec
 
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.routing import Member, Namespaces
-from proxy.namespaces.told_moves import ToldMoves
+from proxy.namespaces.tag_move_recorder import TagMoveRecorder
 from proxy.transfer.bundle_export import BundleExport, Selection, earlier
 from proxy.transfer.bundle_import import BundleImport
 from storage.archives.bundle import BundleContents, BundledReference
@@ -150,7 +150,7 @@ class BundleRounds(Rounds):
         place = self._place / f"site-{self._number}"
         store = Store(BlobFiles(place, self.clock), SQLiteRecords(place / "records", self.clock), self.clock)
         parts: Any = SimpleNamespace(clock=self.clock, store=store, outbox=None, hosted={}, stores=[store])
-        parts.namespaces, parts.moves = Namespaces([Member(store, "local")]), ToldMoves(None, None)
+        parts.namespaces, parts.moves = Namespaces([Member(store, "local")]), TagMoveRecorder(None, None)
         try:
             steps, whole = [bundle], list[Bundle]()
             while steps:

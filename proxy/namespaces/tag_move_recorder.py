@@ -1,4 +1,4 @@
-"""Which parts are told that a tag of a cache has moved."""
+"""Records for the usage statistics and for webhooks that a tag of a cache has moved."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # only a server with webhooks imports it
     from proxy.webhooks.outbox import Outbox
 
 
-class ToldMoves:
-    """Passes moves on to a recorder and to the webhooks, as far as there are any.
+class TagMoveRecorder:
+    """A TagListener for a recorder of usage and for webhooks, as far as there are any.
 
     at_once: what a tag led to before is recorded at once, since digests are judged by that
     """
@@ -37,7 +37,7 @@ class ToldMoves:
         if self._outbox is not None:
             self._outbox.record(batch, [about_tag("move", self._clock(), repository, tag, old, new)])
 
-    async def tell(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+    async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         if self._recorder is not None:
             self._recorder.moved(repository, tag, old, new)
             if self._at_once:

@@ -38,7 +38,7 @@ def _collides(content: bytes) -> bool:
         return False  # it is no JSON
 
 
-def checked(manifest: Manifest) -> ManifestContent | None:
+def parse_pushed(manifest: Manifest) -> ManifestContent | None:
     """Parse a pushed manifest.  None if its type and its form are unknown.  Raises ManifestInvalid."""
     media_type, declared = manifest.media_type, declared_type(manifest.content)
     if not media_type:

@@ -71,7 +71,7 @@ class Composition:
     common, deposits: the store that the caches of several servers share, and what hands blobs over to it
     disks: the state of each directory and database that the parts write to
     shared: what all processes of the server know
-    outbox, outboxes: what tells webhooks of the private registry, and of all stores
+    outbox, outboxes: the events for webhooks of the private registry, and of each store
     moves: records and publishes that a tag of a cache moved
     peers: the other replicas of the fleet, if it is one
     extensions: those that the configuration names; those of its parts are loaded

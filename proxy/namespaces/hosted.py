@@ -87,7 +87,7 @@ class Hosted(Registry):
 
     pulls: records the pulls of tags
     make_room: is called before an upload for which the disk has no room
-    outbox: records what webhooks are told of
+    outbox: records events for webhooks
     copies: keeps what is pulled from a bucket here
     """
 

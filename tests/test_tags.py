@@ -90,7 +90,7 @@ class Rig:
     def record(self, batch: Batch, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         batch.put(OUTBOX.key(str(tag), "1"), f"{repository} {old} {new}".encode())
 
-    async def tell(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
+    async def moved(self, repository: str, tag: Tag, old: Digest, new: Digest) -> None:
         self.moves.append((f"{repository}:{tag}", old, new))
 
 

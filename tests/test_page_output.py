@@ -33,6 +33,7 @@ V1 = "entrepot copy old.example/team/app:1 localhost:5000/local/app:v1"
 COPIED = "entrepot copy old.example/team/app:1.0 localhost:5000/local/team/app:1.0"
 PUSHED = "push app:1 app:1.2"
 BUILDS = "push " + " ".join(f"app:ci-{number}" for number in range(7, 19))
+DAY, LONGEST = 86_400, 1800  # seconds, of a day and of what happens at once
 AGED = f"past 31\n{BUILDS}\npull local/team/app:ci-7\npush base:1\ndays 30\nnow"
 # What is done before the first command of a block is typed in, by its page and the start of that command.
 BEFORE = {
@@ -303,7 +304,8 @@ async def sandbox(
     page, start = request.node.callspec.params["block"]
     before = BEFORE[page][start]
     days = re.search(r"^past (\d+)$", before, re.MULTILINE)
-    clock.now = time.time() - (int(days[1]) * 86400 if days else 0)
+    clock.now = time.time() - (int(days[1]) * DAY if days else 0)
+    clock.now -= max(0.0, clock.now % DAY - DAY + LONGEST)  # midnight does not divide what happens at once
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("ENTREPOT_CONFIG", str(tmp_path / "entrepot.yml"))
     for module in (maintenance, offline):

@@ -173,11 +173,11 @@ class UpstreamRegistry(Registry):
         headers = {} if span is None else {"Range": f"bytes={span.start}-{last}"}
         try:
             response = await self._send("GET", repository, f"blobs/{digest}", "blob", headers)
-        except RangeInvalid:
-            size = (await self.resolve_blob(repository, digest)).size if span and last == "" else 0
-            if span is None or size <= span.start:
+        except RangeInvalid:  # go-containerregistry's registry refuses each range without an end
+            if span is None or span.stop is not None:
                 raise
-            # go-containerregistry's registry refuses each range without an end, also one that the blob has.
+            if (size := (await self.resolve_blob(repository, digest)).size) <= span.start:
+                raise
             return await self.get_blob(repository, digest, Span(span.start, size))
         try:
             start, size = stated_extent(self._name, response, span)

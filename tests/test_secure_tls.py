@@ -1,4 +1,4 @@
-"""TLS 1.2 and later, and no end without notice, whatever Python was built with: storage/tls.py."""
+"""TLS 1.2 and later, no end without notice, the same certificates accepted, whatever Python it is: storage/tls.py."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def test_defaults_that_are_too_lax(protocol: int, before: ssl.TLSVersion) -> Non
     assert secure(context) is context
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
     assert context.options == others | ignored
+
+
+@pytest.mark.parametrize("protocol", [ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER])
+@pytest.mark.parametrize("of_python", [0, ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN])
+def test_every_python_accepts_the_same_certificates(protocol: int, of_python: int) -> None:
+    context = ssl.SSLContext(protocol)
+    context.verify_flags |= of_python | ssl.VERIFY_CRL_CHECK_LEAF
+    others = ssl.SSLContext(protocol).verify_flags | ssl.VERIFY_CRL_CHECK_LEAF
+    assert secure(context).verify_flags == others | ssl.VERIFY_X509_PARTIAL_CHAIN
 
 
 def test_what_an_operator_has_demanded_of_all_programs() -> None:

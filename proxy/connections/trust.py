@@ -73,7 +73,6 @@ def client_context(ca_file: Path | None = None) -> ssl.SSLContext:
     context = secure(ssl.create_default_context(cafile=ca_file))
     if ca_file is not None:
         context.load_default_certs()  # CDNs and token servers may have certificates of public authorities
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.sslobject_class = ClientSSLObject
     return context
 

@@ -183,7 +183,6 @@ def pinned(certificate: Path) -> ssl.SSLContext:
     context = secure(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     # The certificate rarely contains the address by which a local client reaches the server.
     context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cadata=_first(certificate))
     context.sslobject_class = ClientSSLObject
     return context

@@ -1,4 +1,4 @@
-"""TLS 1.2 and later, no end without notice, the same certificates accepted, whatever Python it is: storage/tls.py."""
+"""TLS 1.2 and later, no end without notice, the same certificates, whatever Python it is: storage/tls.py."""
 
 from __future__ import annotations
 

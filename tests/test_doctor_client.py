@@ -340,7 +340,10 @@ def test_podman_whose_registry_is_blocked_asks_the_mirror(root: Path) -> None:
 
 def test_podman_takes_no_path_with_a_colon(root: Path) -> None:
     text = HUB.replace("docker.io", "a.b:5000") + MIRROR.replace("5000/docker.io", "5000/a.b:5000")
-    assert "give the namespace an alias" in said(look_podman(root, text, namespaces=("a.b:5000",)), "failed")
+    found = said(look_podman(root, text, namespaces=("a.b:5000",)), "failed")
+    assert "ends in /a.b:5000, but the path at the server is /a.b_5000" in found
+    found = said(look_podman(root, text, namespaces=("a.b:5000",), aliases={"a.b:5000": ""}), "failed")
+    assert "give the namespace an alias" in found
     text = text.replace("5000/a.b:5000", "5000/own")
     assert states(look_podman(root, text, namespaces=("a.b:5000",), aliases={"a.b:5000": "own"})) == []
 

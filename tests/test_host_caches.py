@@ -190,6 +190,17 @@ async def test_no_spelling_gets_around_the_rules_of_another(
     assert list(site.app.composition.caches) == ["docker.io"]
 
 
+async def test_a_port_may_be_behind_another_character(serve: Serve, upstream: Upstream, image: Image) -> None:
+    """Clients accept no colon there.  What is listed by such a name is that host."""
+    path = host(upstream).replace(":", "_")
+    site = await serve("http://127.0.0.1:9", more=every("*", upstream.url))
+    await pull(site, image, f"{path}/")
+    assert (await site.get(f"/{path}{PATH}"))[2] == image.content
+    site = await serve("http://127.0.0.1:9", more=every(upstream.url, f"http://{path}"))
+    assert (await site.get(f"/v2/{path}/team/app/manifests/1"))[0] == 502
+    assert path in site.app.composition.caches
+
+
 @pytest.mark.parametrize("text", ["cache.test", "cache.test.", "CACHE.test:443"])
 async def test_a_server_is_no_registry_behind_itself(serve: Serve, upstream: Upstream, text: str) -> None:
     site = await serve(upstream, more=every("*.test", "*"))

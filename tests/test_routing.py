@@ -21,8 +21,11 @@ DIGEST = Digest.of(b"content")
 HUB_ALIASES = ("index.docker.io", "registry-1.docker.io", "hub")
 MEMBERS = (
     Member(Registry(), "docker.io", HUB_ALIASES, ("hub.mirror.test", "mirror.test:7000"), library=True),
-    Member(Registry(), "ghcr.io"),
+    Member(Registry(), "own:5000"),
+    Member(Registry(), "own_5000"),
+    Member(Registry(), "ghcr.io", ("old:5000",)),
     Member(Registry(), "my.example:5000"),
+    Member(Registry(), "lan:5000"),
     Member(Registry(), "localhost"),
     Member(Registry(), "edge", hosts=("[::1]:5000",)),
     Member(Registry(), "[fd00::2]:5000", ("[fd00::3]",)),
@@ -122,6 +125,24 @@ STRICT = Namespaces(MEMBERS)
         ("app", {"prefix": "my.example:5000"}, "my.example:5000/app"),
         ("ghcr.io/app", {"prefix": "ghcr.io"}, "ghcr.io/app"),
         ("v2/app", {"prefix": "ghcr.io"}, "ghcr.io/v2/app"),
+        # a port behind _ in place of the colon
+        ("my.example_5000/app", {}, "my.example:5000/app"),
+        ("My.Example_5000/app", {}, "my.example:5000/app"),
+        ("v2/my.example_5000/app", {}, "my.example:5000/app"),
+        ("app", {"prefix": "my.example_5000"}, "my.example:5000/app"),
+        ("app", {"ns": "my.example_5000"}, "my.example:5000/app"),
+        ("my.example_5000/app", {"ns": "my.example:5000"}, "my.example:5000/app"),
+        ("my.example_5000/app", {"host": "my.example:5000"}, "my.example:5000/app"),
+        ("lan_5000/app", {}, "lan:5000/app"),
+        ("lan_5000/app", {"ns": "lan:5000"}, "lan:5000/app"),
+        ("lan_5000/app", {"ns": "ghcr.io"}, "ghcr.io/lan_5000/app"),
+        ("lan_5000/app", {"prefix": "lan:5000"}, "lan:5000/app"),
+        ("lan_5000/lan_5000/app", {"prefix": "lan_5000"}, "lan:5000/lan_5000/app"),
+        ("lan_5000", {}, "docker.io/library/lan_5000"),
+        ("lan_5001/app", {}, "docker.io/lan_5001/app"),
+        ("own_5000/app", {}, "own_5000/app"),
+        ("own:5000/app", {}, "own:5000/app"),
+        ("app", {"prefix": "old_5000"}, "ghcr.io/app"),
         ("foo.example/app", {"prefix": "ghcr.io"}, "ghcr.io/foo.example/app"),
         ("edge/app", {"prefix": "docker.io"}, "docker.io/edge/app"),
         # who wins
@@ -198,7 +219,9 @@ def test_the_full_name_is_limited() -> None:
         NAMESPACES.qualify("a" * 238)
 
 
-known = st.sampled_from(["docker.io", "hub", "edge", "my.example:5000", "localhost", "DOCKER.IO:443"])
+known = st.sampled_from(
+    ["lan_5000", "docker.io", "hub", "edge", "my.example:5000", "localhost", "DOCKER.IO:443"]
+)
 heads = st.one_of(
     known, st.text(), st.ip_addresses().map(str), st.sampled_from(["[::1]", "v2", "a:b:c", ".."])
 )

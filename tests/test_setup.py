@@ -70,6 +70,7 @@ def test_pack_calls_docker_hub_by_the_name_of_its_index() -> None:
         "registry-mirrors": {
             "index.docker.io": "cache.example:5000/docker.io",
             "ghcr.io": "cache.example:5000/ghcr.io",
+            "registry.example:5000": "cache.example:5000/registry.example_5000",
         }
     }
     assert "needs TLS" in notes(setup) and "needs TLS" not in notes(made("pack", SECURE))
@@ -87,13 +88,17 @@ def test_a_mirror_of_an_ipv6_address_is_not_possible(client: str) -> None:
 
 
 @pytest.mark.parametrize("client", ["podman", "crio", "minikube", "openshift", "trivy", "pack"])
-def test_a_registry_with_a_port_has_the_path_of_an_alias(client: str) -> None:
+def test_a_registry_with_a_port_has_a_path_without_a_colon(client: str) -> None:
     """containers/image, go-containerregistry and the API of OpenShift refuse a path with a colon."""
-    for setup in (made(client, PLAIN), made(client, PLAIN, aliases=ALIASES)):
+    paths = {"registry.example_5000": {}, "own": ALIASES, "": {"registry.example:5000": ""}}
+    for path, aliases in paths.items():
+        setup = made(client, PLAIN, aliases=aliases)
         text = "".join(each.content for each in setup.pieces)
         assert "cache.example:5000/registry.example:5000" not in text
-        named = "registry.example:5000: no mirror is possible" in notes(setup)
-        assert named == ("cache.example:5000/own" not in text)
+        assert [each for each in paths if each and f"cache.example:5000/{each}" in text] == [path] * bool(
+            path
+        )
+        assert ("registry.example:5000: no mirror is possible" in notes(setup)) == (not path)
 
 
 # docker
@@ -226,7 +231,7 @@ def test_each_registry_has_a_table_by_https() -> None:
         "location": "docker.io",
         "mirror": [{"location": "cache.example/docker.io"}],
     }
-    assert len(content(setup, REGISTRIES)["registry"]) == 2
+    assert len(content(setup, REGISTRIES)["registry"]) == 3
     assert content(setup, "/etc/containers/certs.d/cache.example/ca.crt") == PEM
 
 
@@ -259,9 +264,11 @@ def test_kaniko() -> None:
     assert setup.pieces[0].content.splitlines() == [
         "--registry-map=index.docker.io=cache.example:5000/v2/docker.io",  # as kaniko calls Docker Hub
         "--registry-map=ghcr.io=cache.example:5000/v2/ghcr.io",
+        "--registry-map=registry.example:5000=cache.example:5000/v2/registry.example_5000",
         "--insecure-registry=cache.example:5000",
     ]
-    assert "registry.example:5000: kaniko takes no path with a colon" in notes(setup)
+    (piece,) = made("kaniko", Site(PLAIN.url, ("localhost:5000",))).pieces  # no host to kaniko
+    assert piece.content.startswith("--registry-map=localhost:5000=cache.example:5000/localhost_5000\n")
     (piece,) = made("kaniko", PLAIN, aliases=ALIASES).pieces
     assert piece.content.splitlines()[2] == "--registry-map=registry.example:5000=cache.example:5000/own"
     (piece,) = made("kaniko", SECURE, bypass=False).pieces

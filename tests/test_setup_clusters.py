@@ -109,7 +109,8 @@ def test_openshift() -> None:
     setup = made("openshift", PLAIN)
     found = documents(setup)
     mirrors = [
-        {"source": each, "mirrors": [f"cache.example:5000/{each}"]} for each in ("docker.io", "ghcr.io")
+        {"source": each, "mirrors": [f"cache.example:5000/{each.replace(':', '_')}"]}
+        for each in PLAIN.namespaces
     ]
     assert found["ImageDigestMirrorSet"]["spec"] == {"imageDigestMirrors": mirrors}
     assert found["ImageTagMirrorSet"]["spec"] == {"imageTagMirrors": mirrors}

@@ -116,6 +116,7 @@ def test_renovate_looks_up_both_kinds_of_names() -> None:
         {"matchDatasources": ["docker"], "registryUrls": ["http://cache.example:5000"]}
     ]
     assert found["registryAliases"]["ghcr.io"] == "cache.example:5000/ghcr.io"
+    assert found["registryAliases"]["registry.example:5000"] == "cache.example:5000/registry.example_5000"
     assert {each["matchHost"] for each in found["hostRules"]} == {
         "https://cache.example:5001",
         "https://cache.example:5000",
@@ -179,11 +180,14 @@ def test_names_of_namespaces_are_those_of_the_configuration(tmp_path: Path) -> N
         "ghcr.io": {**upstream, "hosts": ["ghcr.example", "other.example"]},
         "quay.io": {**upstream, "hosts": ["quay.example:6000"], "aliases": ["q.example", "quay"]},
         "local": {"store": {}, "hosts": ["local.example"]},
+        "free.example:5000": upstream,
+        "taken.example:5000": upstream,
+        "alias.example:5000": {**upstream, "aliases": ["taken.example_5000"]},
     }
     config = configuration(tmp_path, {"namespaces": namespaces})
     found = site_of(config, url="http://cache.example:5000")
     assert found.named == {"ghcr.io": "ghcr.example:5000", "quay.io": "quay.example:6000"}
-    assert found.aliases == {"quay.io": "quay"}
+    assert found.aliases == {"quay.io": "quay", "taken.example:5000": ""}
     secure = site_of(config, url="https://cache.example")
     assert secure.named == {"ghcr.io": "ghcr.example", "quay.io": "quay.example:6000"}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(rf"{LABEL.pattern}(?::[0-9]{{1,5}})?")  # a host that is a name, with or without a port
 IPV6 = re.compile(r"\[[0-9a-f:.]+\](?::[0-9]{1,5})?")  # a host that is an address, which is not checked
+_IN_PATH = re.compile(r"(.+)_([0-9]{1,5})")
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", re.ASCII)
 _AUTHORITY = r"(?:[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\])(?::([0-9]{1,5}))?"
 _URL = re.compile(rf"https?://{_AUTHORITY}(?:/[a-zA-Z0-9._~-]+)*/?")
@@ -169,6 +170,19 @@ def parse_network(value: object) -> Network:
     except ValueError as error:
         hint = ", in which the bits after the prefix are 0" if "host bits" in str(error) else ""
         raise ValueError(f"expected an address or a range such as 10.0.0.0/8 or fd00::/8{hint}") from None
+
+
+def path_of(host: str) -> str:
+    """A host as an element of a repository's name, where clients accept no colon: `registry.example_8443`.
+
+    "" for an IPv6 address, of which no such element can be made.
+    """
+    return "" if host.startswith("[") else host.replace(":", "_")
+
+
+def host_in_path(text: str) -> str:
+    """The host with a port of which path_of() makes `text`; "" if there is none."""
+    return ":".join(found.groups()) if (found := _IN_PATH.fullmatch(text)) else ""
 
 
 def is_host(name: str) -> bool:

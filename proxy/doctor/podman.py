@@ -109,7 +109,7 @@ def _find_fault(machine: Machine, name: str, table: Mapping[str, Any], server: M
     bare = name == DOCKER_HUB and machine.site.hub
     right = mirror_paths(machine.site).get(name)
     if right is None:
-        return "its location has a colon in its path, so no pull works: give the namespace an alias"
+        return "no location at the server has a mirror of it for podman: give the namespace an alias"
     if path != right and not (bare and not path):
         return f"its location ends in /{path}, but the path at the server is /{right}"
     if machine.site.plain and server.get("insecure") is not True:

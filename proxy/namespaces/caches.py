@@ -23,7 +23,8 @@ from proxy.cache.shared_store import SharedStore
 from proxy.cache.shared_tier import SharedTier
 from proxy.cache.tag_listener import TagListener
 from proxy.config.errors import StartError
-from proxy.config.registry_hosts import EVERY, registry_host
+from proxy.config.hosts import host_in_path
+from proxy.config.registry_hosts import EVERY, find_pattern, registry_host
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.config.upstream import UpstreamConfig
 from proxy.extensions.extension import Extensions
@@ -200,11 +201,19 @@ class HostCaches:
         self._closing: set[asyncio.Task[None]] = set()
 
     def settings(self, host: str) -> HostSettings | None:
-        name = registry_host(host)
         config = self._factory.config
+        name = self._name(host)
         if name is None or config.key_of(name) != EVERY or (found := config.namespace(name)) is None:
             return None
         return HostSettings(name, found.library, found.names)
+
+    def _name(self, text: str) -> str | None:
+        """The host that a client names; registry.example_8443 is one with a port, unless it is listed so."""
+        others, name = self._factory.config.others, registry_host(text)
+        with_port = registry_host(host_in_path(text))
+        if others is None or with_port is None or (name is not None and others.lists(name)):
+            return name
+        return with_port if find_pattern(others.hosts, with_port) else name
 
     def member(self, name: str) -> Member | None:
         member = self._members.pop(name, None) or self._make(name)

@@ -11,6 +11,8 @@ A repository's full name is `<namespace>/<repository>`.  Clients have five ways 
   for: by ns, by a Host that is the registry's name, or by a prefix.  So if one of these chose a namespace,
   only a host in the name is taken for a namespace and removed.  At every other address of this server, such
   as one of `hosts`, `edge/app` is the same repository.
+- A namespace with a port has one more name, for clients that accept no colon in a path: `my.example_5000` is
+  `my.example:5000`, unless another namespace has that name.
 """
 
 from __future__ import annotations
@@ -19,16 +21,23 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from proxy.cache.refresh import Refreshable
-from proxy.config.hosts import canonical_host, is_host, normal_host
+from proxy.config.hosts import canonical_host, is_host, normal_host, path_of
 from proxy.config.registry_hosts import registry_host
+from proxy.namespaces.full_names import (
+    MemberSettings,
+    full_name,
+    is_host_of,
+    refuse,
+    refuse_without_namespace,
+    without_v2,
+)
 from proxy.namespaces.mounts import copy_blob
 from storage.conditions import ALWAYS, Conditions
-from storage.errors import BlobUnknown, Denied, NameInvalid, NameUnknown, Unsupported
+from storage.errors import BlobUnknown, Denied, Unsupported
 from storage.oci import (
-    NAME_LIMIT,
     Descriptor,
     Digest,
     Manifest,
@@ -36,22 +45,8 @@ from storage.oci import (
     Reference,
     Span,
     Tag,
-    parse_name,
 )
 from storage.registry import Blob, Held, Located, Registry, Upload, Validity, everything
-
-
-class MemberSettings(Protocol):
-    """How names in a namespace are read."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def library(self) -> bool: ...
-
-    @property
-    def names(self) -> NameGrammar: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +106,9 @@ class Namespaces(Registry):
                 _claim(self._by_host, normal_host(name), member)
             for host in member.hosts:
                 _claim(self._by_host, host.lower(), member)
+        for member in self._members.values():
+            for name in filter(None, map(path_of, (member.name, *member.aliases))):
+                self._by_name.setdefault(name, member)
         if default is not None and default not in self._members:
             raise ValueError(f"the default namespace {default!r} is not configured")
         self._default = None if default is None else self._members[default]
@@ -143,26 +141,26 @@ class Namespaces(Registry):
         hosted = self._hosted(host) if host else None
         member: MemberSettings
         if ns is not None:
-            member = self._found(ns, host) or _refuse(ns)
+            member = self._found(ns, host) or refuse(ns)
         elif host and hosted and self._is_name(host):
             member = hosted
-        elif named and (not prefix or is_host(first)):
-            return _full(named, _without_v2(named, rest))
+        elif named and (not prefix or is_host_of(named, first)):
+            return full_name(named, without_v2(named, rest))
         elif first == "v2" and self._hosts_named and "/" in rest and is_host(rest.split("/")[0]):
             return self._qualify(rest, None, host, prefix)
         elif hosted:
             member = hosted
         elif prefix:
-            member = self._found(prefix, host) or _refuse(prefix)
+            member = self._found(prefix, host) or refuse(prefix)
         elif rest and is_host(first) and self._hosts_named:
-            _refuse(first)
+            refuse(first)
         elif self._default:
-            return _full(self._default, name)
+            return full_name(self._default, name)
         else:
-            _refuse_without_namespace(name)
-        if named and named.name == member.name and is_host(first):
-            name = _without_v2(member, rest)
-        return _full(member, name)
+            refuse_without_namespace(name)
+        if named and named.name == member.name and is_host_of(named, first):
+            name = without_v2(member, rest)
+        return full_name(member, name)
 
     def alone(self, name: str) -> Namespaces:
         """The namespace of that name without the others, as the default one."""
@@ -341,7 +339,7 @@ class Namespaces(Registry):
         member = self._members.get(namespace)
         if member is None and self._others is not None:
             member = self._others.member(namespace)
-        return member or _refuse(namespace), relative
+        return member or refuse(namespace), relative
 
     def _found(self, text: str, host: str | None) -> MemberSettings | None:
         """The namespace that a client names.  Its own name for this server is none of the others."""
@@ -366,34 +364,3 @@ class Namespaces(Registry):
 def _claim(table: dict[str, Member], key: str, member: Member) -> None:
     if table.setdefault(key, member) is not member:
         raise ValueError(f"{key!r} is claimed by the namespaces {table[key].name!r} and {member.name!r}")
-
-
-def _without_v2(member: MemberSettings, repository: str) -> str:
-    # In a namespace named by a plain word, most likely a private one, v2/ is as good a name as any.
-    return repository.removeprefix("v2/") if is_host(member.name) else repository
-
-
-def _full(member: MemberSettings, repository: str) -> str:
-    if member.library and "/" not in repository:
-        repository = f"library/{repository}"
-    full = f"{member.name}/{repository}"
-    if len(full) > NAME_LIMIT:
-        raise NameInvalid(f"{full[:80]!r}… is longer than the {NAME_LIMIT} characters a name may have")
-    try:
-        parse_name(repository, member.names)
-    except NameInvalid:
-        raise NameInvalid(f"{repository[:80]!r} is not a repository name") from None
-    return full
-
-
-def _refuse_without_namespace(name: str) -> NoReturn:
-    raise NameUnknown(
-        f"{name[:80]!r} names no namespace and there is no default: write <namespace>/<repository>,"
-        " or set default_namespace: in the configuration"
-    )
-
-
-def _refuse(namespace: str) -> NoReturn:
-    raise NameUnknown(
-        f"{namespace[:80]!r} is not a configured namespace: add it under namespaces: in the configuration"
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from proxy.config.hosts import is_host
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.setup.engines import left_out, mirror_paths
 from proxy.setup.formats import in_json, quoted
@@ -58,15 +59,16 @@ def dagger(site: Site) -> Setup:
 
 
 def kaniko(site: Site) -> Setup:
-    paths = {each: site.aliases.get(each) or f"v2/{each}" for each in site.namespaces}
+    paths = mirror_paths(site)
+    paths |= {each: site.aliases.get(each) or path for each, path in paths.items()}
     flags = [
-        f"--registry-map={called(each)}={site.host}/{path}" for each, path in paths.items() if ":" not in path
+        f"--registry-map={called(each)}={site.host}/{f'v2/{path}' if is_host(path) else path}"
+        for each, path in paths.items()
     ]
     notes = [
         "paths in --registry-map need kaniko 1.23; KANIKO_REGISTRY_MAP takes the same maps, separated by ;"
     ]
-    if unnamed := ", ".join(each for each, path in paths.items() if ":" in path):
-        notes.append(f"{unnamed}: kaniko takes no path with a colon; give the namespace an alias")
+    notes += left_out(site)
     if site.plain:
         flags += [f"--insecure-registry={each}" for each in site.hosts]
     elif site.ca:

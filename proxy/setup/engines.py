@@ -14,6 +14,7 @@ Traps that are avoided here:
 
 from __future__ import annotations
 
+from proxy.config.hosts import path_of
 from proxy.config.wellknown import DOCKER_HUB
 from proxy.setup.formats import in_json, quoted
 from proxy.setup.site import CA, Piece, Setup, Site
@@ -56,10 +57,12 @@ def daemon_notes(site: Site) -> list[str]:
         notes.append("docker.io is not among the namespaces, and Docker before 29 mirrors no other registry")
     elif not site.hub:
         notes.append("default_namespace is not docker.io, so the mirror has a path, which needs Docker 24")
-    others = [each for each in site.namespaces if each != DOCKER_HUB] or ["ghcr.io"]
+    others = {each: path for each, path in mirror_paths(site).items() if each != DOCKER_HUB}
+    others = others or {"ghcr.io": "ghcr.io"}
     notes += [
-        f"registry-mirrors work for Docker Hub only: pull images of other registries"
-        f" ({', '.join(others[:3])}, …) by full name, {site.host}/{others[0]}/owner/image"
+        "registry-mirrors work for Docker Hub only: pull images of other registries"
+        f" ({', '.join([*others][:3])}, …) by full name,"
+        f" {site.host}/{next(iter(others.values()))}/owner/image"
     ]
     if not site.bypass:
         notes.append(
@@ -158,18 +161,19 @@ def left_out(site: Site) -> list[str]:
         return notes
     return [
         *notes,
-        f"{', '.join(names)}: no mirror is possible, since its path would have a colon; give the namespace an"
-        f" alias, with which it has a mirror, or at an IPv6 address is pulled by name, {site.host}/<alias>/…",
+        f"{', '.join(names)}: no mirror is possible, since its path would have a colon, or is another"
+        f" namespace: give it an alias, with which it has a mirror, or at an IPv6 address is pulled by name,"
+        f" {site.host}/<alias>/…",
     ]
 
 
 def mirror_paths(site: Site) -> dict[str, str]:
     """The paths of mirrors for clients that take them for the names of repositories, which have no colon.
 
-    A registry with a port has the path of an alias.  One at an IPv6 address has none: to such clients, that
-    is no name of a registry either.
+    A registry with a port has the path of its alias, or one with `_` in place of the colon.  One at an IPv6
+    address has none: to such clients, that is no name of a registry either.
     """
-    paths = {each: site.aliases.get(each, "") if ":" in each else each for each in site.namespaces}
+    paths = {each: site.aliases.get(each, path_of(each)) if ":" in each else each for each in site.namespaces}
     return {each: path for each, path in paths.items() if path and not each.startswith("[")}
 
 

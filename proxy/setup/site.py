@@ -15,7 +15,7 @@ from typing import Literal
 
 from yarl import URL
 
-from proxy.config.hosts import Address, is_host, is_loopback, parse_name, parse_url
+from proxy.config.hosts import Address, is_host, is_loopback, parse_name, parse_url, path_of
 from proxy.config.schema import Config
 from proxy.config.wellknown import DOCKER_HUB
 
@@ -32,7 +32,9 @@ class Site:
     for all registries do so; otherwise they use it for `namespaces` only.  `hub` is whether a name without a
     namespace is on Docker Hub.  `ca` holds the certificates of a private authority, in PEM.  Without
     `bypass`, clients must not contact the registries themselves.  `stores` are the hosts of the listeners
-    that each serve one private registry, by its namespace.  `patterns` are of further hosts that it caches.
+    that each serve one private registry, by its namespace.  `aliases` are names without a dot, by namespace;
+    "" if it has none, and another namespace has what path_of() makes of it.  `patterns` are of further hosts
+    that it caches.
     """
 
     url: URL
@@ -187,12 +189,14 @@ def _hosts_of_caches(config: Config, url: URL) -> dict[str, str]:
 
 
 def _aliases(config: Config) -> dict[str, str]:
-    """The first alias of each namespace that is no host."""
-    found = {
-        name: next((alias for alias in each.aliases if not is_host(alias)), "")
-        for name, each in config.namespaces.items()
-    }
-    return {name: alias for name, alias in found.items() if alias}
+    """The first alias of each namespace that is no host; "" if it needs one, and has none."""
+    owners = {given: name for name, each in config.namespaces.items() for given in (name, *each.aliases)}
+    found = {}
+    for name, each in config.namespaces.items():
+        alias = next((alias for alias in each.aliases if not is_host(alias)), "")
+        if alias or owners.get(path_of(name), name) != name:
+            found[name] = alias
+    return found
 
 
 def _host(url: URL, address: Address) -> str:

@@ -18,7 +18,7 @@ def renovate(site: Site) -> Setup:
     tree: dict[str, Any] = {}
     if DOCKER_HUB in site.namespaces:
         tree["packageRules"] = [{"matchDatasources": ["docker"], "registryUrls": [site.hub_url]}]
-    tree["registryAliases"] = {each: f"{site.host}/{each}" for each in site.namespaces}
+    tree["registryAliases"] = {each: f"{site.host}/{path}" for each, path in mirror_paths(site).items()}
     if site.plain:
         rule = {"hostType": "docker", "insecureRegistry": True}
         # Renovate compares it with the URL that it has before it looks for insecureRegistry.
@@ -28,6 +28,7 @@ def renovate(site: Site) -> Setup:
         "registryUrls are for names without a registry, registryAliases for the others",
         "a 5xx of a registry ends Renovate's run for the repository: the server answers from its cache while"
         " an upstream is down, but it has no list of tags that was never asked for",
+        *left_out(site),
         *loopback_notes(site),
     ]
     after = f"RENOVATE_ADDITIONAL_CONFIG_FILE={path} renovate, or add the keys to your configuration"
@@ -60,7 +61,8 @@ def trivy(site: Site) -> Setup:
 
 
 def flux(site: Site) -> Setup:
-    name = GHCR if GHCR in site.namespaces else next(iter(site.namespaces), DOCKER_HUB)
+    paths = mirror_paths(site)
+    name = GHCR if GHCR in paths else next(iter(paths.values()), DOCKER_HUB)
     more: dict[str, Any] = {"insecure": True} if site.plain else {}
     if site.ca:
         more["certSecretRef"] = {"name": "entrepot"}

@@ -107,6 +107,15 @@ STRICT = Namespaces(MEMBERS)
         ("docker.io/v2/library/alpine", {}, "docker.io/library/alpine"),
         ("hub/v2/library/alpine", {}, "docker.io/library/alpine"),
         ("docker.io/v2", {}, "docker.io/library/v2"),
+        # the first component twice, as Testcontainers makes of a prefix and a full name
+        ("docker.io/docker.io/library/alpine", {}, "docker.io/library/alpine"),
+        ("hub/docker.io/alpine", {}, "docker.io/library/alpine"),
+        ("docker.io/index.docker.io/alpine", {"host": "mirror.test:7000"}, "docker.io/library/alpine"),
+        ("docker.io/docker.io", {}, "docker.io/library/docker.io"),
+        ("docker.io/ghcr.io/app", {}, "docker.io/ghcr.io/app"),
+        ("ghcr.io/docker.io/app", {}, "ghcr.io/docker.io/app"),
+        ("docker.io/hub/app", {}, "docker.io/hub/app"),
+        ("edge/edge/app", {}, "edge/edge/app"),
         ("edge/v2/app", {}, "edge/v2/app"),
         # the first component behind v2, as kaniko has to write it
         ("v2/ghcr.io/user/app", {}, "ghcr.io/user/app"),

@@ -125,10 +125,10 @@ class Namespaces(Registry):
         5. `prefix`, the component before /v2 in the path;
         6. the default namespace.
 
-        Under 1, 2 and 5 a first component that is a host of the chosen namespace is removed: a mirror
-        configured by path (override_path) receives the namespace twice.  `<host>/v2/<repository>`, which
-        containerd makes of a mirror's path without override_path, is `<host>/<repository>`; a repository
-        whose name begins with v2/ is reached by ns, Host or prefix, without the host in front.
+        A second name of the chosen namespace that is a host is removed: a mirror configured by path
+        (override_path) or by prefix (Testcontainers) receives it twice.  `<host>/v2/<repository>`,
+        which containerd makes of a mirror's path without override_path, is `<host>/<repository>`; a
+        repository whose name begins with v2/ is reached by ns, Host or prefix, without the host in front.
 
         Raises NameUnknown, NameInvalid.
         """
@@ -145,7 +145,8 @@ class Namespaces(Registry):
         elif host and hosted and self._is_name(host):
             member = hosted
         elif named and (not prefix or is_host_of(named, first)):
-            return full_name(named, without_v2(named, rest))
+            rest = without_v2(named, rest)
+            return full_name(named, rest) if prefix else self._qualify(rest, first, host, prefix)
         elif first == "v2" and self._hosts_named and "/" in rest and is_host(rest.split("/")[0]):
             return self._qualify(rest, None, host, prefix)
         elif hosted:

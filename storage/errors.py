@@ -190,6 +190,12 @@ class Misdirected(RegistryError):
     code, status = "UNSUPPORTED", 421
 
 
+class LoopDetected(RegistryError):
+    """The request comes from this registry: an answer would have to wait for itself."""
+
+    code, status = "UNAVAILABLE", 508
+
+
 class Unauthorized(RegistryError):
     """The client must authenticate; `challenges` are values of WWW-Authenticate (RFC 9110 §11.6.1)."""
 

@@ -256,6 +256,7 @@ class SharedState:
     disks: failures of disks; it has a lock of its own, since threads use it
     slots, connections: what the processes hold of what is limited; `bell` rings when a slot becomes free
     secret: random bytes, for hashes that are the same in all processes
+    id: of the server, for others; random, and another one after each start
     """
 
     def __init__(self, *, forks: bool = False) -> None:
@@ -276,6 +277,7 @@ class SharedState:
         self.disks = SharedTable(disks, DISKS, DISK_BYTES)
         self.bell = Bell(bell)
         self.secret = os.urandom(32)
+        self.id = os.urandom(8).hex()
 
     def descriptors(self) -> list[int]:
         """Those that must stay open in the forked processes."""

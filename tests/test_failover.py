@@ -111,6 +111,9 @@ async def test_the_next_one_is_asked_where_one_does_not_serve(
         (None, Status(500), 502, "UNAVAILABLE"),
         (Status(403), Status(500), 502, "UNAVAILABLE"),
         (Status(500), RetryAfter(7), 503, "TOOMANYREQUESTS"),
+        (Status(404), Status(508), 404, "MANIFEST_UNKNOWN"),  # it would ask this server
+        (RetryAfter(7), Status(508), 503, "TOOMANYREQUESTS"),
+        (Status(508), Status(508), 502, "UNAVAILABLE"),
     ],
     ids=str,
 )

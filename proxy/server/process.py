@@ -283,6 +283,7 @@ class ServerProcess:
             peers=PeerRequests(parts.peers, parts.is_cache) if parts.peers is not None else None,
             redirects=Redirects(config.redirect.never_for) if config.redirect is not None else None,
             middleware=Middleware(parts.extensions.load("middleware")),
+            server=parts.shared.id,
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
         runner = web.ServerRunner(

@@ -56,6 +56,7 @@ class Exchange:
     tell: makes headers of the response to another replica
     added: headers of the response that extensions add
     stored_only: that replica wants what is stored, and nothing to be asked for
+    passed: the ids of the servers that the request has passed: see loops.py
     method: that of the request
     refused: the credentials of the client were refused
     verdicts: what the policy said of the content, unless it allows it
@@ -91,6 +92,7 @@ class Exchange:
     tell: Callable[[], Mapping[str, str]] = dict
     added: tuple[tuple[str, str], ...] = ()
     stored_only: bool = False
+    passed: tuple[str, ...] = ()
     method: str = ""
     refused: bool = False
     verdicts: tuple[PolicyVerdict, ...] = ()

@@ -43,6 +43,7 @@ from storage.errors import (
 ERROR_LIMIT = 64 << 10  # bytes of an error's body
 MESSAGE_LIMIT = 300  # characters of a message that are passed on
 DOWN = frozenset((502, 503, 504))
+LOOP = 508  # RFC 5842, section 7.2
 MOMENT = 3.0  # seconds at most that a host is away that restarts
 
 _UNKNOWN: dict[str, type[RegistryError]] = {
@@ -79,6 +80,10 @@ class OriginAway(OriginFailed):
     """It failed as while it restarts, and may answer the next request."""
 
 
+class OriginLooped(OriginFailed):
+    """It asked this registry for the same, and has nothing to say of its own."""
+
+
 class Interrupted(OriginFailed):
     """The body of a response ended early."""
 
@@ -110,6 +115,8 @@ def error_from_response(
         if status == 403 and not errors:
             message += ": it does not accept these credentials"
         return OriginDenied(message)
+    if status == LOOP:
+        return OriginLooped(f"{message}: the URL of this upstream leads back to this server")
     if status == 429:
         seconds = seconds_until(response.headers, time.time)
         return TooManyRequests(f"{name} limits our requests", retry_after=seconds)

@@ -1,7 +1,8 @@
 """Upstreams with the same content, as one registry: mirrors first, the registry itself last.
 
 If one does not serve a request, for whatever reason, the next one gets it.  If none does, the error is that
-of the last one: a mirror's "unknown" or refusal says nothing about the registry.  One that is known to fail
+of the last one: a mirror's "unknown" or refusal says nothing about the registry.  One that would ask this
+server in turn, as two servers that are each other's upstream, has said nothing.  One that is known to fail
 comes after the healthy ones, and is probed in the background.
 
 If none can be asked, and one has failed only just, as when it restarts, who asks for content waits for it.
@@ -25,7 +26,7 @@ import structlog
 from proxy.telemetry.exchange import current, needed, origin_age
 from proxy.upstream.breaker import SOON, HostState
 from proxy.upstream.client import UpstreamRegistry
-from proxy.upstream.errors import MOMENT, OriginAway
+from proxy.upstream.errors import MOMENT, OriginAway, OriginLooped
 from proxy.upstream.peers import Owners
 from storage.concurrency import SingleFlight
 from storage.errors import (
@@ -195,7 +196,8 @@ class Failover(Registry):
                 if source not in self._upstreams and isinstance(error, FINAL):
                     raise error.copy(remembered=True) from None
                 errors[source] = error
-        final = errors[self._upstreams[-1]]
+        said = [errors[each] for each in self._upstreams if not isinstance(errors[each], OriginLooped)]
+        final = said[-1] if said else errors[self._upstreams[-1]]
         if holders is not None and isinstance(final, Unavailable):
             for source in await holders():
                 with suppress(RegistryError):

@@ -28,7 +28,8 @@ from yarl import URL
 from proxy.config.hosts import is_private
 from proxy.config.quantities import seconds_until
 from proxy.connections.trust import Certificate, certificate_shown
-from proxy.telemetry.tracing import step
+from proxy.telemetry import loops
+from proxy.telemetry.tracing import TraceSpan, step
 from proxy.upstream.body import StreamedBody
 from proxy.upstream.breaker import Breaker, Outlook
 from proxy.upstream.connect import Connect, open_session
@@ -259,8 +260,7 @@ class Transport:
             response = await self._session(home).request(
                 method,
                 url,
-                # Of others, who might keep it, only those that are ours learn what belongs together.
-                headers={**headers, **span.headers()} if self._connect.trace and home else headers,
+                headers=self._sent(headers, span) if home else headers,
                 data=body,
                 timeout=timeout,
                 proxy=self._connect.proxy,
@@ -271,6 +271,11 @@ class Transport:
                 span, response.status, expected=response.status == 401 and "Authorization" not in headers
             )
         return response
+
+    def _sent(self, headers: Mapping[str, str], span: TraceSpan) -> Mapping[str, str]:
+        # Of others, who might keep it, only those that are ours learn what belongs together.
+        traced = span.headers() if self._connect.trace else {}
+        return {**headers, **traced, loops.HEADER: loops.mark(self._shared.id)}
 
     async def follow(
         self,

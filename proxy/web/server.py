@@ -23,6 +23,7 @@ from proxy.access.authorization import Authorizer
 from proxy.config.quantities import parse_moment
 from proxy.telemetry.ended import EndedRequests
 from proxy.telemetry.exchange import Exchange, current_exchange
+from proxy.telemetry.loops import HEADER, passed_by
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.request_log import RequestLog
 from proxy.telemetry.request_span import begin
@@ -49,6 +50,7 @@ from proxy.web.token_endpoint import TokenEndpoint, nobodys_token, oauth_error
 from storage.errors import (
     BlobUnknown,
     CodingUnsupported,
+    LoopDetected,
     ManifestBlobUnknown,
     ManifestUnknown,
     NameInvalid,
@@ -105,6 +107,7 @@ class DistributionAPI:
     tokens: issues the tokens of this server's own token endpoint; without it there is none
     tracer: traces requests; without one nothing is traced
     middleware: sees each request of a client; with any there are no `hits`
+    server: the id of this server, by which it recognizes requests that it has caused itself
     """
 
     def __init__(
@@ -128,7 +131,9 @@ class DistributionAPI:
         tokens: TokenExchange | None = None,
         tracer: Tracer | None = None,
         middleware: Middleware | None = None,
+        server: str = "",
     ) -> None:
+        self._server = server
         self._peers, self._tracer = peers, tracer or NoTracer()
         self._registry, self._middleware = registry, middleware or Middleware(())
         self._qualify, self._deny_bypass = qualify, deny_bypass
@@ -206,6 +211,9 @@ class DistributionAPI:
             kind = route.kind
             exchange.kind = kind.value
             name = ""
+            exchange.passed = passed_by(",".join(request.headers.getall(HEADER, ())))
+            if route.name and self._server in exchange.passed:
+                raise LoopDetected("the request comes from this server: an upstream leads back to it")
             if self._peers is not None:
                 await self._peers.recognize(request, exchange)
             if not exchange.peer:

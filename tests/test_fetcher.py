@@ -637,22 +637,23 @@ async def test_the_whole_brings_what_a_client_asks_for_in_vain(
     digest = Digest(upstream.blob("a/b", BODY))
     await leave_holes(rig, digest, upstream, *HOLES)
     refused, fault = Hold(asyncio.Event(), after=None), RetryAfter(0, 503)
-    upstream.next("GET", lambda request: request.range == "bytes=1000-1000", fault, refused)
+    cut = Hold(refused.reached, after=20_000), Reset(after=20_000)
+    upstream.next("GET", lambda request: request.range == "bytes=1000-49999", *cut)
+    upstream.next("GET", lambda request: request.range == "bytes=200000-200000", fault, refused)
     upstream.next("GET", to_ranges, fault, times=100)
     held = Hold(asyncio.Event(), after)
     upstream.next("GET", lambda request: not to_ranges(request), held)
-    reader = asyncio.create_task(rig.read(digest, 1000, 1001))
-    await refused.reached.wait()
+    reader = asyncio.create_task(rig.read(digest, 200_000, 200_001))
     await held.reached.wait()
     refused.gate.set()
     held.gate.set()
-    assert await reader == BODY[1000:1001]
+    assert await reader == BODY[200_000:200_001]
     await rig.fills.ended(digest)
     assert asked(upstream).count((0, 0)) == 1
     assert rig.store.files.path(digest).read_bytes() == BODY
 
 
-@pytest.mark.parametrize("status", [429, 502])
+@pytest.mark.parametrize("status", [429, 502, 503])
 async def test_a_cut_after_which_ranges_fail(
     tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
@@ -666,6 +667,7 @@ async def test_a_cut_after_which_ranges_fail(
         await sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", pass_time)
+    monkeypatch.setattr(readers, "LOOK", 0.0)  # the client asks whenever it may
     digest = Digest(upstream.blob("a/b", BODY))
     upstream.next("GET", digest, Reset(after=200_000))
     upstream.next("GET", to_ranges, Status(status, {"Retry-After": "7"}), times=100)
@@ -868,14 +870,14 @@ async def test_what_others_bring_ends_the_wait_of_the_fill(
     monkeypatch: pytest.MonkeyPatch,
     spans: list[tuple[int, int]],
 ) -> None:
-    monkeypatch.setattr(fetcher, "LONGEST_WAIT", 100_000.0)
+    monkeypatch.setattr(fetcher, "HELD", 0.0)
+    rig.fills = Fills(rig.store, rig.metrics, rig.turns, backoff=100_000, ticks=clock)
     digest = Digest(upstream.blob("a/b", BODY))
     refused = heard("fill.interrupted", times=2)
     upstream.next("GET", digest, Truncate(1000))
-    upstream.next("GET", digest, Status(503, {"Retry-After": "100000"}))
+    upstream.next("GET", digest, RetryAfter(0, 503))
     assert await rig.read(digest, 0, 999) == BODY[:999]
     await refused.wait()
-    clock.advance(100_000)  # for ranges; the fill itself waits by the clock of the event loop
     for start, stop in spans:
         assert await rig.read(digest, start, stop) == BODY[start:stop]
     await rig.fills.ended(digest)

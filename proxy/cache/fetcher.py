@@ -30,6 +30,7 @@ from storage.oci import Descriptor, Span
 
 HEARING = 0.1  # seconds between two looks at what other processes want
 LONGEST_WAIT = 30.0  # seconds, whatever Retry-After says
+HELD = 10.0  # seconds, or until Retry-After is over, for which clients wait with a fill that is refused
 RETRIES = 7  # in a row without progress: 25 seconds or more
 STALLED = 30.0  # seconds of attempts without progress, after which one more is made
 _REFUSALS = (Unavailable, BlobUnknown, NameUnknown, Denied)
@@ -148,7 +149,7 @@ class Fetcher:
         await self._persist()
 
     async def _persist(self) -> None:
-        failures, wait, now = _FailedAttempts(), 0.0, asyncio.get_running_loop().time
+        failures, now = _FailedAttempts(), asyncio.get_running_loop().time
         while True:
             before, since = self._transfers.upload.offset, now()
             try:
@@ -160,20 +161,26 @@ class Fetcher:
                 # The bytes of a former fill are not the beginning of this blob: they are as many, or more.
                 await self._transfers.renew(error)
             except _REFUSALS as error:
-                # Some origins refuse more transfers than they like with any status.
-                offset = self._transfers.upload.offset
-                failures = _FailedAttempts() if offset > before else failures.and_one(now() - since)
-                begun = isinstance(error, Unavailable) or offset > 0
-                if failures.enough or not begun or not await self._promised():
-                    raise
-                # If it is down, that says nothing of ranges, and what is there need not come again.
-                if failures.number and await answers(self._resolve, error):
-                    failures.refusals += 1
-                self._whole = failures.of_ranges
-                self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))
-                wait = min(error.retry_after or 0.0, LONGEST_WAIT)
-            if failures.number:
-                await self._pause(max(wait, self._backoff * 2 ** (failures.number - 1)))
+                # What clients ask for themselves would be refused as well, most likely.
+                with self._transfers.refusals.held():
+                    # Some origins refuse more transfers than they like with any status.
+                    offset = self._transfers.upload.offset
+                    failures = _FailedAttempts() if offset > before else failures.and_one(now() - since)
+                    begun = isinstance(error, Unavailable) or offset > 0
+                    if failures.enough or not begun or not await self._promised():
+                        raise
+                    # If it is down, that says nothing of ranges, and what is there need not come again.
+                    if failures.number and await answers(self._resolve, error):
+                        failures.refusals += 1
+                    self._whole = failures.of_ranges
+                    self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))
+                    if not failures.number:
+                        continue
+                    wait = min(error.retry_after or 0.0, LONGEST_WAIT)
+                    backoff = self._backoff * 2 ** (failures.number - 1)
+                    await self._pause(max(wait, min(backoff, HELD)))
+                if (left := backoff - max(wait, HELD)) > 0:
+                    await self._pause(left)
 
     async def _pause(self, seconds: float) -> None:
         """Wait so long, or until other transfers have brought what is missing."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from storage.errors import RegistryError, TooManyRequests
 from storage.oci import Digest
@@ -28,6 +29,7 @@ class RangeRefusals:
         self._table = table
         self._key = table.key("ranges", namespace, digest)
         self._paused_until = -math.inf
+        self._held = False
         self._rest = 0.0  # seconds, of the last pause
         self._wary_until = -math.inf
         self._spans: dict[tuple[int, int], tuple[RegistryError, float]] = {}
@@ -35,12 +37,21 @@ class RangeRefusals:
     @property
     def paused(self) -> bool:
         """Whether no further transfer begins: those that work bring what follows."""
-        return self._ticks() < self._paused_until
+        return self._held or self._ticks() < self._paused_until
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Pause while the fill, which the origin has refused as well, waits until it asks again."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def pause(self, error: RegistryError) -> None:
         """The origin has refused a range beside all of the blob: longer each time, until accepted()."""
         now = self._ticks()
-        if not self.paused:  # else it is of the same time, and says no more
+        if now >= self._paused_until:  # else it is of the same time, and says no more
             self._rest = min(REST, max(FIRST_REST, 2 * self._rest))
             self._paused_until = now + self._rest
         self._paused_until = max(self._paused_until, now + min(REST, error.retry_after or 0.0))

@@ -680,6 +680,33 @@ async def test_a_cut_after_which_ranges_fail(
     await rig.close()
 
 
+@pytest.mark.parametrize("status", [429, 502, 503])
+async def test_a_cut_image_whose_ranges_fail_comes_whole(
+    tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    rig, sleep = Rig(tmp_path, upstream, clock, clock), asyncio.sleep
+    rig.turns = Slots(5)
+    rig.fills = Fills(rig.store, rig.metrics, rig.turns, ticks=clock)
+
+    async def pass_time(seconds: float) -> None:
+        if seconds > fetcher.HEARING:
+            clock.advance(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", pass_time)
+    monkeypatch.setattr(readers, "LOOK", 0.0)
+    layers = [content_of(SIZE // 4, number) for number in range(5)]
+    digests = [Digest(upstream.blob("a/b", layer)) for layer in layers]
+    for digest in digests:
+        upstream.next("GET", digest, Reset(after=200_000))
+    upstream.next("GET", to_ranges, Status(status, {"Retry-After": "2"}), times=1000)
+    reads = [rig.read(digest, 0, SIZE // 4) for digest in digests]
+    assert await asyncio.gather(*reads) == layers
+    for digest in digests:
+        await rig.fills.ended(digest)
+    await rig.close()
+
+
 async def test_an_upstream_that_is_down_for_seconds_is_asked_for_the_rest(
     tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ def secure(context: ssl.SSLContext) -> ssl.SSLContext:
     against the second: a body that ends with its connection would seem whole (RFC 8446 §6.1).  Requests have
     a length, so that a server need not care.
 
-    Every certificate that it is told to trust is enough for it, an intermediate authority's too, and an
+    Every certificate among those that it trusts is enough for it, an intermediate authority's too, and an
     authority need not say what its key is for: `openssl req -x509` makes such.  Python 3.13 refuses the
     latter, and earlier ones the former; clients in Go take both.
     """

@@ -113,6 +113,7 @@ def index(*children: bytes, kind: str = OCI_INDEX, **more: Any) -> bytes:
         ("Go-http-client/2.0", "https", "https://registry.example/v2/local/"),
         ("Python/3.11 aiohttp/3.14.5", "https", "https://registry.example/v2/local/"),
         ("docker-registry-client-async/1.0.3", "https", "https://registry.example/v2/local/"),
+        ("harbor-registry-client", "https", "https://registry.example/v2/local/"),
         ("curl/8.5.0", "https", "https://registry.example/v2/local/"),
         ("curl/8.5.0", "http", "/v2/local/"),
         (None, "https", "https://registry.example/v2/local/"),

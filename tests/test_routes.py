@@ -80,6 +80,8 @@ HUB = "docker.io"
         (f"/v2/a/blobs/{DIGEST.replace(':', '%3a')}", Route(Endpoint.BLOB, "a", DIGEST)),
         ("/v2/a%2Fb/manifests/v%31", Route(Endpoint.MANIFEST, "a/b", Tag("v1"))),
         ("/token", Route(Endpoint.TOKEN)),
+        ("/ghcr.io/token", Route(Endpoint.TOKEN, prefix="ghcr.io")),
+        ("/[fd00::1]:5000/token", Route(Endpoint.TOKEN, prefix="[fd00::1]:5000")),
     ],
 )
 def test_path(path: str, route: Route) -> None:
@@ -201,9 +203,7 @@ uploads = st.builds(str.__add__, st.sampled_from(letters + "-"), st.text(letters
 def routes(draw: st.DrawFn) -> Route:
     kind = draw(st.sampled_from(Endpoint))
     prefix = draw(prefixes)
-    if kind is Endpoint.TOKEN:
-        return Route(kind)
-    if kind in (Endpoint.BASE, Endpoint.CATALOG):
+    if kind in (Endpoint.BASE, Endpoint.CATALOG, Endpoint.TOKEN):
         return Route(kind, prefix=prefix)
     name = draw(hosts) + draw(names)
     if kind is Endpoint.MANIFEST:

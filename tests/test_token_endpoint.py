@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ OTHER = "/v2/local/team/other"
 class Endpoint(Door):
     """A server with a token endpoint."""
 
-    async def token(self, headers: Any = None, *scopes: str, query: str = "") -> dict[str, Any]:
+    async def token(
+        self, headers: Any = None, *scopes: str, query: str = "", path: str = "/token"
+    ) -> dict[str, Any]:
         asked = "".join(f"&scope={each}" for each in scopes)
-        said = await self.ask("GET", f"/token{SERVICE}{asked}{query}", headers)
+        said = await self.ask("GET", f"{path}{SERVICE}{asked}{query}", headers)
         assert said.status == 200, said.body
         assert said.headers["Cache-Control"] == "no-store"
         return json.loads(said.body)  # type: ignore[no-any-return]
@@ -162,6 +165,35 @@ async def test_names_are_what_clients_call_them(opened: Open, users: Path) -> No
     assert (await door.push({**host, **bearer(token["token"])}, "/v2/team/app")).status == 201
     # Elsewhere the same name is another repository.
     assert (await door.token(ALICE, "repository:team/app:push"))["scope"] == ""
+
+
+async def test_names_below_a_path_are_those_of_the_path(endpoint: Started) -> None:
+    """Harbor and Quay make scopes of the names that they ask for there; others take that of the challenge."""
+    door = await endpoint()
+    said = await door.ask("GET", "/local/v2/")
+    assert f'realm="{door.site.url}/local/token"' in (said.challenge or "")
+    refused = await door.ask("GET", "/local/v2/team/app/tags/list")
+    assert f'realm="{door.site.url}/local/token"' in (refused.challenge or "")
+    for scope in ("repository:team/app:pull", f"{APP}:pull"):
+        token = await door.token(ALICE, scope, path="/local/token")
+        assert token["scope"] == f"{APP}:pull"
+        headers = bearer(token["token"])
+        assert (await door.ask("GET", "/local/v2/team/app/tags/list", headers)).status == 404  # none yet
+        assert (await door.ask("GET", "/local/v2/team/other/tags/list", headers)).status == 401
+    # The namespace of the path is not a reason to grant more than the rules do.
+    assert (await door.token(BOB, "repository:team/app:delete", path="/local/token"))["scope"] == ""
+    both = await door.token(ALICE, f"{APP}:pull", "registry:catalog:*", path="/local/token")
+    assert set(both["scope"].split()) == {f"{APP}:pull", "registry:catalog:*"}
+
+
+@pytest.mark.parametrize(("agent", "told"), [("harbor-registry-client", True), ("docker/28.0", False)])
+async def test_only_harbor_is_told_when_its_token_was_issued(
+    endpoint: Started, agent: str, told: bool, clock: Clock
+) -> None:
+    door = await endpoint()
+    token = await door.token({**ALICE, "User-Agent": agent}, f"{APP}:pull")
+    issued = datetime.fromtimestamp(int(clock()), UTC).isoformat().replace("+00:00", "Z")
+    assert token.get("issued_at") == (issued if told else None)
 
 
 # How clients are led there

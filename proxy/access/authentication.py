@@ -7,6 +7,7 @@ for this server.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # they need libraries that not every configuration needs
 
 LOCKING = (KEY, "issued")  # schemes of credentials that may have a lock
 TOKEN_PATH = "/token"  # of this server's own token endpoint
+_PREFIX = re.compile(r"(/(?!v2/)[^/]+)/v2/")
 _DATED = "asof+"  # what a user begins with who is no name but a date
 _UNQUOTABLE = {ord('"'): "%22", ord("\\"): "%5C"}
 _SCHEMES = ("basic", "bearer", "digest", "negotiate", "ntlm")  # that are told in messages
@@ -87,7 +89,10 @@ class Authenticator:
         if self.endpoint is None:
             return self.service
         service, realm = self.endpoint
-        return realm or _quotable(absolute(request, TOKEN_PATH)), service
+        # Below the path of a mirror, clients ask for tokens by the names that repositories have there.
+        prefix = _PREFIX.match(request.rel_url.raw_path)
+        path = f"{prefix[1] if prefix else ''}{TOKEN_PATH}"
+        return realm or _quotable(absolute(request, path)), service
 
     async def identify(self, request: web.BaseRequest, scope: str = "") -> Principal:
         """Return who sent the request.

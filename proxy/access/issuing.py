@@ -68,10 +68,11 @@ class _IssuedClaims(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class IssuedToken:
-    """A token, and for how many seconds it is valid."""
+    """A token, for how many seconds it is valid, and since when: seconds since the epoch."""
 
     token: str
     lifetime: int
+    issued: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class TokenIssuer:
         )
         header = {"typ": "entrepot", "alg": ALGORITHM, "kid": key.id}
         token = serialize_compact(header, msgspec.json.encode(claims), _oct(key), [ALGORITHM])
-        return IssuedToken(token, lifetime)
+        return IssuedToken(token, lifetime, now)
 
     def renews(self, principal: Principal) -> bool:
         """Whether there are refresh tokens for it: if its credential is looked at again with each request."""

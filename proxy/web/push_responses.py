@@ -6,14 +6,14 @@ from aiohttp import web
 
 from proxy.access.client_address import absolute
 from proxy.telemetry.exchange import Exchange
-from proxy.web.responses import COMMON, cache_headers, empty
+from proxy.web.responses import COMMON, HARBOR, cache_headers, empty
 from proxy.web.routes import Endpoint, Route, build_location
 from storage.oci import Digest
 from storage.registry import Upload
 
 # The User-Agent of programs that give no name of their own; npm's request sends none, aiohttp Python/.
 _NAMELESS = ("Go-http-client/", "python-requests/", "Python/", "curl/")
-_UNRESOLVING = (*_NAMELESS, "docker-registry-client-async/")
+_UNRESOLVING = (*_NAMELESS, "docker-registry-client-async/", HARBOR)
 
 
 def session_headers(
@@ -52,7 +52,8 @@ def deleted(exchange: Exchange) -> web.Response:
 def _resolves(exchange: Exchange, url: str) -> bool:
     """Whether this client may get a relative Location, which is the right one behind any proxy.
 
-    Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.
+    Small clients do not resolve it: Charliecloud, nokia/docker-registry-client, container-image-builder.  Nor
+    does Harbor, where the URL of this server has a path.
     Where the scheme of `url` is not https, a proxy that does not say so may be in front.
     """
     unresolving = not exchange.agent or exchange.agent.startswith(_UNRESOLVING)

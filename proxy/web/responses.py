@@ -15,6 +15,7 @@ from proxy.telemetry.exchange import Exchange
 from storage.errors import RegistryError
 
 JSON = "application/json"
+HARBOR = "harbor-registry-client"  # the User-Agent of Harbor, as a client of other registries
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _IMMUTABLE = {whose: f"{whose}, max-age=31536000, immutable" for whose in ("public", "private")}
 COMMON = {

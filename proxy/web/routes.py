@@ -10,7 +10,7 @@
     /v2/<name>/referrers/<digest>            REFERRERS   end-12
     /v2/_catalog                             CATALOG     Docker's, not in the specification
     /v2/@<date>/<name>/...                   each end that pulls, with tags as they were then
-    /token                                   TOKEN       Docker's token authentication specification
+    /token, /<prefix>/token                  TOKEN       Docker's token authentication specification
 
 The end numbers are those of distribution-spec, "Endpoints".  Rules:
 
@@ -39,6 +39,7 @@ from storage.oci import NAME_LIMIT, Digest, Reference, parse_name, parse_referen
 
 _HOST = rf"{NAME.pattern}|{IPV6.pattern}"
 _UNDER_PREFIX = re.compile(rf"/({_HOST})(/v2(?:/.*)?)")
+_TOKEN_UNDER_PREFIX = re.compile(rf"/({_HOST}){TOKEN_PATH}")
 _PREFIX_PING = re.compile(rf"/v2/({_HOST})/(?:v2/?)?")
 _PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
 _UNDER_IPV6 = re.compile(rf"{IPV6.pattern}/(.+)")
@@ -107,6 +108,8 @@ def parse_path(path: str) -> Route:
             return Route(Endpoint.TOKEN)
         found = _UNDER_PREFIX.fullmatch(path)
         if not found:
+            if under := _TOKEN_UNDER_PREFIX.fullmatch(path):
+                return Route(Endpoint.TOKEN, prefix=under[1])
             raise _unknown(path)
         prefix, path = found.groups()
     head, _, last = path.rpartition("/")
@@ -141,7 +144,7 @@ def build(route: Route) -> str:
 
 def _build(route: Route) -> str:
     if route.kind is Endpoint.TOKEN:
-        return TOKEN_PATH
+        return f"/{route.prefix}{TOKEN_PATH}" if route.prefix else TOKEN_PATH
     start = f"/{route.prefix}/v2/" if route.prefix else "/v2/"
     match route.kind:
         case Endpoint.BASE:

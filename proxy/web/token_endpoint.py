@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import parse_qs
 
@@ -17,12 +19,12 @@ from aiohttp import web
 from proxy.access.authentication import NOBODYS_TOKEN, authorization
 from proxy.access.authorization import TOKEN, Authorizer
 from proxy.access.rules import Grant, Principal
-from proxy.access.scopes import requested_scopes
+from proxy.access.scopes import Scope, requested_scopes
 from proxy.telemetry.exchange import Exchange
 from proxy.telemetry.metrics import Metrics
-from proxy.web.responses import JSON, content
+from proxy.web.responses import HARBOR, JSON, content
 from proxy.web.routes import Route
-from storage.errors import GrantTypeUnsupported, PathUnknown, RegistryError, TokenRequestInvalid
+from storage.errors import GrantTypeUnsupported, NameUnknown, PathUnknown, RegistryError, TokenRequestInvalid
 
 if TYPE_CHECKING:  # it needs a library for tokens
     from proxy.access.token_exchange import TokenExchange
@@ -63,7 +65,8 @@ class TokenEndpoint:
         self._check_service(query.get("service"))
         principal = await self._identified(request, exchange, self._tokens.by_request(request))
         offline = query.get("offline_token", "").lower() in ("true", "1")
-        return await self._issued(request, exchange, principal, query.getall("scope", []), offline)
+        scopes = query.getall("scope", [])
+        return await self._issued(request, route.prefix, exchange, principal, scopes, offline)
 
     async def _post(
         self, request: web.BaseRequest, route: Route, name: str, exchange: Exchange
@@ -84,7 +87,8 @@ class TokenEndpoint:
                 )
         principal = await self._identified(request, exchange, found)
         offline = _value(form, "access_type") == "offline"
-        return await self._issued(request, exchange, principal, form.get("scope", ()), offline)
+        scopes = form.get("scope", ())
+        return await self._issued(request, route.prefix, exchange, principal, scopes, offline)
 
     async def _identified(
         self, request: web.BaseRequest, exchange: Exchange, found: Awaitable[Principal]
@@ -104,31 +108,56 @@ class TokenEndpoint:
     async def _issued(
         self,
         request: web.BaseRequest,
+        prefix: str,
         exchange: Exchange,
         principal: Principal,
         scopes: Sequence[str],
         offline: bool,
     ) -> web.Response:
         exchange.user = principal.user
-
-        def full_name(name: str) -> str:
-            return self._qualify(name, ns=None, host=request.headers.get("Host"), prefix="")
-
-        grants = self._authorizer.grants(principal, requested_scopes(scopes), full_name)
+        grants = self._grants(request, prefix, principal, requested_scopes(scopes))
         exchange.reference = " ".join(map(_written, grants))
         made = await self._tokens.access_token(principal, grants)
         refresh = await self._tokens.refresh_token(principal) if offline else None
         self._metrics.issued_tokens.labels(principal.scheme or "anonymous").inc()
-        # No issued_at: podman and docker would add expires_in to it, and compare that with their own clock.
+        # podman and docker would add expires_in to issued_at, and compare that with their own clock.  Harbor
+        # does so too, and takes a token without it for one that has ended.
+        issued = datetime.fromtimestamp(made.issued, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         body = {
             "token": made.token,
             "access_token": made.token,
             "token_type": "Bearer",
             "expires_in": made.lifetime,
             "scope": exchange.reference,
+            **({"issued_at": issued} if exchange.agent == HARBOR else {}),
             **({} if refresh is None else {"refresh_token": refresh.token}),
         }
         return _response(body)
+
+    def _grants(
+        self, request: web.BaseRequest, prefix: str, principal: Principal, asked: Sequence[Scope]
+    ) -> list[Grant]:
+        """What is granted of the scopes.
+
+        Below a prefix, a name is relative to that if the client has made the scope, and full if it is that of
+        a challenge.
+        """
+        qualify = partial(self._qualify, ns=None, host=request.headers.get("Host"))
+
+        def of_prefix(name: str) -> str:
+            return qualify(name, prefix=prefix)
+
+        def of_challenge(name: str) -> str:  # which has the full name
+            full = qualify(name, prefix="")
+            if full.partition("/")[0] != of_prefix(name).partition("/")[0]:
+                raise NameUnknown(f"{full} is not in the namespace of {prefix}")
+            return full
+
+        grants = self._authorizer.grants(principal, asked, of_prefix)
+        if prefix:
+            more = self._authorizer.grants(principal, asked, of_challenge)
+            grants += [each for each in more if each not in grants]
+        return grants
 
 
 async def nobodys_token(

@@ -145,6 +145,18 @@ async def test_post_then_put(client: Client) -> None:
     assert (await client.ask("GET", answer.location)).body == CONTENT
 
 
+async def test_the_sdk_of_net_begins_the_query_with_an_ampersand(client: Client) -> None:
+    """It first asks for the blob by the name that the base image has at another registry."""
+    answer = await client.ask("POST", f"{UPLOADS}?mount={DIGEST}&from=dotnet/runtime")
+    assert answer.status == 202
+    assert (await client.ask("DELETE", answer.location)).status == 204
+    session = (await client.ask("POST", UPLOADS)).location
+    answer = await client.ask("PATCH", session, CONTENT, Content_Type=OCTETS)
+    assert answer.status == 202
+    encoded = str(DIGEST).replace(":", "%3A")
+    assert (await client.ask("PUT", f"{answer.location}?&digest={encoded}")).status == 201
+
+
 async def test_a_client_may_append_the_digest_as_to_a_location_with_a_query(client: Client) -> None:
     session = (await client.ask("POST", UPLOADS)).location
     wrong = await client.ask("PUT", f"{session}&digest=sha256:1", CONTENT)

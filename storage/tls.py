@@ -12,9 +12,9 @@ def secure(context: ssl.SSLContext) -> ssl.SSLContext:
     against the second: a body that ends with its connection would seem whole (RFC 8446 §6.1).  Requests have
     a length, so that a server need not care.
 
-    Every certificate among those that it trusts is enough for it, an intermediate authority's too, and an
-    authority need not say what its key is for: `openssl req -x509` makes such.  Python 3.13 refuses the
-    latter, and earlier ones the former; clients in Go take both.
+    A trusted certificate ends a chain, also that of an intermediate authority, which Python before 3.13
+    refuses.  An authority without a key usage, as `openssl req -x509` makes it, is accepted; Python 3.13
+    refuses it.  Go accepts both.
     """
     if context.minimum_version < ssl.TLSVersion.TLSv1_2:
         context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -272,7 +272,7 @@ class Supervisor:
                         return
                     serving.set_result(None)  # the others serve without it
             else:
-                if tries or serving.done():
+                if tries or pid is not None:
                     log.info(f"{role}.replaced", pid=process.pid)
                 if not serving.done():
                     serving.set_result(None)

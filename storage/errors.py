@@ -23,6 +23,7 @@
     ├── Unsupported                UNSUPPORTED                405
     ├── CodingUnsupported          UNSUPPORTED                415   a body with Content-Encoding
     ├── Misdirected                UNSUPPORTED                421   asked of the wrong replica
+    ├── LoopDetected               UNAVAILABLE                508   an upstream leads back to this registry
     ├── Unauthorized               UNAUTHORIZED               401   with a challenge
     ├── TokenRequestInvalid        UNSUPPORTED                400   a request for a token that is none
     │   └── GrantTypeUnsupported   UNSUPPORTED                400   by a grant type that there is not

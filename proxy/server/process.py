@@ -286,16 +286,14 @@ class ServerProcess:
             server=parts.shared.id,
             directions=Directions({name: config.namespaces[name].listen for name in config.hosted()}),
         )
-        runner = web.ServerRunner(
-            Listener(
-                self._member.handler(api.handle),
-                self._connection_limits(),
-                encrypted=config.tls is not None,
-                connections=parts.shared.connections,
-                hits=api.hits,
-            ),
-            shutdown_timeout=self._drain,
+        listener = Listener(
+            self._member.handler(api.handle),
+            self._connection_limits(),
+            encrypted=config.tls is not None,
+            connections=parts.shared.connections,
+            hits=api.hits,
         )
+        runner = web.ServerRunner(listener, shutdown_timeout=self._drain)
         return await self._serve(runner, sockets, config.tls, clients=True)
 
     def _served(self, exchange: Exchange, status: int) -> None:

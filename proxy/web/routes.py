@@ -39,7 +39,7 @@ from storage.oci import NAME_LIMIT, Digest, Reference, parse_name, parse_referen
 
 _HOST = rf"{NAME.pattern}|{IPV6.pattern}"
 _UNDER_PREFIX = re.compile(rf"/({_HOST})(/v2(?:/.*)?)")
-_TOKEN_UNDER_PREFIX = re.compile(rf"/({_HOST}){TOKEN_PATH}")
+_TOKEN = re.compile(rf"(?:/({_HOST}))?{TOKEN_PATH}")
 _PREFIX_PING = re.compile(rf"/v2/({_HOST})/(?:v2/?)?")
 _PORT = re.compile(r"([^/:]+):[0-9]{1,5}(/.+)")
 _UNDER_IPV6 = re.compile(rf"{IPV6.pattern}/(.+)")
@@ -104,12 +104,10 @@ def parse_path(path: str) -> Route:
     if not path.startswith("/v2/"):
         if path == "/v2":
             return Route(Endpoint.BASE)
-        if path == TOKEN_PATH:
-            return Route(Endpoint.TOKEN)
+        if token := _TOKEN.fullmatch(path):
+            return Route(Endpoint.TOKEN, prefix=token[1] or "")
         found = _UNDER_PREFIX.fullmatch(path)
         if not found:
-            if under := _TOKEN_UNDER_PREFIX.fullmatch(path):
-                return Route(Endpoint.TOKEN, prefix=under[1])
             raise _unknown(path)
         prefix, path = found.groups()
     head, _, last = path.rpartition("/")

@@ -133,13 +133,11 @@ class DistributionAPI:
         middleware: Middleware | None = None,
         server: str = "",
     ) -> None:
-        self._server = server
         self._peers, self._tracer = peers, tracer or NoTracer()
         self._registry, self._middleware = registry, middleware or Middleware(())
         self._qualify, self._deny_bypass = qualify, deny_bypass
         self._events = RequestEvents(reporter, clock)
-        self._authorizer = authorizer
-        self._directions = directions
+        self._authorizer, self._directions, self._server = authorizer, directions, server
         start = secrets.token_hex(4)
         self._ids = (f"{start}-{number:x}" for number in count(1))
         pull = Pull(registry, authorizer, client_timeout, redirects, past)

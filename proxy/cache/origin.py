@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from proxy.cache.absences import ABSENCES, Absences, subject_of
+from proxy.cache.doubts import Doubts
 from proxy.cache.drill import Drill
 from proxy.cache.negatives import Negatives, RequestKey
 from proxy.cache.policy import Policy
@@ -129,6 +130,7 @@ class Origin:
         self._policy = policy
         self._drill = drill
         self._clock = clock
+        self.doubts = Doubts(store, clock)
         self._unknown = Negatives(clock)
         self._paused = Negatives(clock)
 
@@ -158,6 +160,8 @@ class Origin:
         return f"{self.namespace} is {'set offline' if self._policy.offline else 'cut off by a drill'}"
 
     def remember(self, key: RequestKey, error: RegistryError) -> None:
+        if isinstance(key[2], Digest) and not isinstance(error, OriginDenied):
+            self.doubts.add(key[1], key[2])
         if error.remembered:  # by another replica, and for as long as it should be
             return
         self._unknown.put(key, self._policy.negative_for, error)
@@ -293,7 +297,7 @@ class Origin:
 
     def forget(self, repository: str) -> None:
         """Ask anew for what the origin did not know, and where it failed."""
-        for remembered in (self._unknown, self._paused):
+        for remembered in (self._unknown, self._paused, self.doubts):
             remembered.forget(f"{self.namespace}/{repository}")
         if isinstance(self.registry, _Remembering):
             self.registry.forget(repository)

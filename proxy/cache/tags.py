@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import structlog
@@ -91,8 +92,11 @@ class TagRevalidation:
         key = ManifestUnknown, name, tag
         known = await self._known(name, tag)
         fresh_for = self._policy.fresh_for(tag)
+        doubted = False
         if known is not None:
-            if _fresh(known, fresh_for) or self._origin.offline:
+            if fresh := _fresh(known, fresh_for):
+                doubted = await self._doubted(name, known, fresh_for)
+            if (fresh and not doubted) or self._origin.offline:
                 return known.answered("hit", fresh_for)
             if (error := self._origin.paused(key)) is not None:
                 return known.answered("stale", fresh_for, error)
@@ -100,7 +104,7 @@ class TagRevalidation:
         try:
             async with asyncio.timeout(self._patience(known)):
                 result, manifest, error, age = await self._origin.flights.join(
-                    key, lambda: self._validate(repository, tag)
+                    key, lambda: self._validate(repository, tag, forced=doubted)
                 )
         except TimeoutError:
             assert known is not None  # else there was no time limit
@@ -116,6 +120,7 @@ class TagRevalidation:
         """
         name = f"{self._origin.namespace}/{repository}"
         fresh_for = self._policy.fresh_for(tag)
+        forever = math.isinf(fresh_for)
 
         def read() -> tuple[Manifest, float]:
             if (pointer := self._store.pointer(name, tag)) is None:
@@ -124,11 +129,21 @@ class TagRevalidation:
 
         def validity(validated_at: float) -> Validity | None:
             age = self._clock() - validated_at
-            if not (0 <= age < fresh_for or self._origin.offline):
+            fresh = 0 <= age < fresh_for and (forever or not self._origin.doubts.any(name, validated_at))
+            if not (fresh or self._origin.offline):
                 return None
-            return Validity("hit", age, None if math.isinf(fresh_for) else fresh_for - age)
+            return Validity("hit", age, None if forever else fresh_for - age)
 
         return held_manifest(self._store, read, validity)
+
+    async def _doubted(self, name: str, known: _Known, fresh_for: float) -> bool:
+        """Whether the origin no longer has something of a fresh tag's image, unless it is fresh forever."""
+        doubts, since = self._origin.doubts, self._clock() - known.age
+        if math.isinf(fresh_for) or not doubts.any(name, since):
+            return False
+        with suppress(StorageFailed):
+            return await self._store.read(doubts.about, name, known.manifest.content, since)
+        return False
 
     def _patience(self, known: _Known | None) -> float | None:
         """Seconds to wait for the origin before the known manifest is served; None means no limit.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -313,6 +314,9 @@ async def test_what_waits_for_a_silent_bucket_ends_with_it(place: Place) -> None
     with pytest.raises(Unavailable, match="the server stops"):
         await bucket.size(key)
     gate.set()
+    opened = Path("/proc/self/fd")
+    while str(source) in map(os.path.realpath, opened.iterdir()):  # noqa: ASYNC110 - obstore tells nobody
+        await asyncio.sleep(0)
     source.unlink()
 
 

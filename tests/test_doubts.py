@@ -11,13 +11,13 @@ from proxy.cache import doubts as module
 from proxy.cache.doubts import Doubts
 from storage.disk.blobs import BlobFiles
 from storage.disk.records import SQLiteRecords
-from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest
+from storage.oci import OCI_INDEX, OCI_MANIFEST, Digest, Manifest, Tag
 from storage.store import Store
 from tests.conftest import Clock, Serve, Site
 from tests.pulls import FRESH, manifest_of, pull, warm
 from tests.upstream import Image, Status, Upstream
 
-NAME = "up/a/b"
+NAME, TAG = "up/a/b", Tag("latest")
 LOST, OTHER = Digest.of(b"lost"), Digest.of(b"other")
 
 
@@ -32,24 +32,38 @@ async def store(tmp_path: Path, clock: Clock) -> AsyncIterator[Store]:
     await store.close()
 
 
-def doubted(doubts: Doubts, content: bytes, since: float) -> bool:
-    return doubts.any(NAME, since) and doubts.about(NAME, content, since)
+async def doubted(doubts: Doubts, content: bytes, since: float) -> bool:
+    return doubts.any(NAME, TAG, since) and await doubts.about(NAME, TAG, content, since)
 
 
-def test_it_is_of_what_the_image_names_and_until_the_tag_is_validated(store: Store, clock: Clock) -> None:
+async def test_it_is_of_what_the_image_names_until_the_tag_is_validated(store: Store, clock: Clock) -> None:
     doubts = Doubts(store, clock)
     before = clock()
     clock.advance(1)
     doubts.add(NAME, LOST)
-    assert doubted(doubts, manifest_naming(LOST).content, before)
-    assert not doubted(doubts, manifest_naming(OTHER).content, before)
-    assert not doubts.any("up/other", before)
-    assert not doubts.any(NAME, clock())
+    assert await doubted(doubts, manifest_naming(LOST).content, before)
+    assert not await doubted(doubts, manifest_naming(OTHER).content, before)
+    assert not doubts.any("up/other", TAG, before)
+    assert not doubts.any(NAME, TAG, clock())
     clock.advance(1)
     doubts.add(NAME, OTHER)
-    assert not doubted(doubts, manifest_naming(LOST).content, before + 1)
+    assert not await doubted(doubts, manifest_naming(LOST).content, before + 1)
     doubts.forget(NAME)
-    assert not doubts.any(NAME, before)
+    assert not doubts.any(NAME, TAG, before)
+
+
+async def test_what_is_not_of_the_image_is_looked_at_once(store: Store, clock: Clock) -> None:
+    doubts, content = Doubts(store, clock), manifest_naming(LOST).content
+    before = clock()
+    clock.advance(1)
+    doubts.add(NAME, OTHER)
+    assert doubts.any(NAME, TAG, before)
+    assert not await doubted(doubts, content, before)
+    assert not doubts.any(NAME, TAG, before)
+    assert doubts.any(NAME, Tag("other"), before)
+    clock.advance(1)
+    doubts.add(NAME, LOST)
+    assert await doubted(doubts, content, before)
 
 
 async def test_it_is_of_the_manifests_of_an_index_too(store: Store, clock: Clock) -> None:
@@ -58,19 +72,19 @@ async def test_it_is_of_the_manifests_of_an_index_too(store: Store, clock: Clock
     index = f'{{"manifests": [{{"digest": "{OTHER}"}}, {{"digest": "{child.digest}"}}]}}'.encode()
     await store.push_manifest(NAME, child.digest, child)
     doubts.add(NAME, LOST)
-    assert doubted(doubts, Manifest.of(OCI_INDEX, index).content, clock() - 1)
+    assert await doubted(doubts, Manifest.of(OCI_INDEX, index).content, clock() - 1)
 
 
-def test_the_oldest_are_dropped(store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_oldest_are_dropped(store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REPOSITORIES", 1)
     monkeypatch.setattr(module, "LOST", 1)
     doubts = Doubts(store, clock)
     since = clock() - 1
     for name, digest in (("up/before", LOST), (NAME, LOST), (NAME, OTHER)):
         doubts.add(name, digest)
-    assert not doubts.any("up/before", since)
-    assert not doubted(doubts, manifest_naming(LOST).content, since)
-    assert doubted(doubts, manifest_naming(OTHER).content, since)
+    assert not doubts.any("up/before", TAG, since)
+    assert await doubted(doubts, manifest_naming(OTHER).content, since)
+    assert not await doubted(doubts, manifest_naming(LOST).content, since)
 
 
 async def replaced(site: Site, upstream: Upstream, old: Image, clock: Clock) -> Image:

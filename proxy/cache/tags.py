@@ -94,8 +94,8 @@ class TagRevalidation:
         fresh_for = self._policy.fresh_for(tag)
         doubted = False
         if known is not None:
-            if fresh := _fresh(known, fresh_for):
-                doubted = await self._doubted(name, known, fresh_for)
+            if (fresh := _fresh(known, fresh_for)) and not math.isinf(fresh_for):
+                doubted = await self._doubted(name, tag, known)
             if (fresh and not doubted) or self._origin.offline:
                 return known.answered("hit", fresh_for)
             if (error := self._origin.paused(key)) is not None:
@@ -129,20 +129,19 @@ class TagRevalidation:
 
         def validity(validated_at: float) -> Validity | None:
             age = self._clock() - validated_at
-            fresh = 0 <= age < fresh_for and (forever or not self._origin.doubts.any(name, validated_at))
+            fresh = 0 <= age < fresh_for and (forever or not self._origin.doubts.any(name, tag, validated_at))
             if not (fresh or self._origin.offline):
                 return None
             return Validity("hit", age, None if forever else fresh_for - age)
 
         return held_manifest(self._store, read, validity)
 
-    async def _doubted(self, name: str, known: _Known, fresh_for: float) -> bool:
-        """Whether the origin no longer has something of a fresh tag's image, unless it is fresh forever."""
+    async def _doubted(self, name: str, tag: Tag, known: _Known) -> bool:
+        """Whether the origin no longer has something of a fresh tag's image."""
         doubts, since = self._origin.doubts, self._clock() - known.age
-        if math.isinf(fresh_for) or not doubts.any(name, since):
-            return False
-        with suppress(StorageFailed):
-            return await self._store.read(doubts.about, name, known.manifest.content, since)
+        if doubts.any(name, tag, since):
+            with suppress(StorageFailed):
+                return await doubts.about(name, tag, known.manifest.content, since)
         return False
 
     def _patience(self, known: _Known | None) -> float | None:

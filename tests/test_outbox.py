@@ -178,6 +178,27 @@ async def test_records_that_cannot_be_read_fail_no_push(
     await server.close()
 
 
+async def test_queues_that_cannot_be_written_lose_no_event(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path, clock)
+
+    def fail(events: object, limit: int) -> None:
+        raise StorageFailed("No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(server.queue, "put", fail)
+        await server.push(MANIFESTS[0])
+        await server.push(MANIFESTS[1])
+        clock.advance(module.LEFT + 1)
+        with pytest.raises(StorageFailed):
+            await server.outbox.resume()
+    assert (server.told(), server.recorded()) == ([], 3)
+    await server.outbox.resume()
+    assert (server.told(), server.recorded()) == (["push", "move", "push"], 0)
+    await server.close()
+
+
 @pytest.mark.clients
 async def test_of_a_fleet_one_server_tells_what_another_did(
     tmp_path: Path, clock: Clock, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch

@@ -2,8 +2,9 @@
 
     outbox <process> <number>    an event, as JSON
 
-So a process that is killed between that transaction and the queues loses no event: the housekeeping of a
-server with the same records finds it, a minute or two later.  Numbers begin with the time in µs.
+So no event is lost if a process is killed between that transaction and the queues, or if the queues cannot
+be written: the housekeeping of a server with the same records finds it, a minute or two later.  Numbers begin
+with the time in µs.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ class Outbox:
             batch.put(OUTBOX.key(self._process, number), encode(event))
 
     async def flush(self) -> None:
-        """Return when all that this process has recorded is in the queues, or is lost.  Raises nothing."""
+        """Queue what this process has recorded.  Raises nothing: what fails stays recorded."""
         await uninterrupted(self._flush())
 
     async def _flush(self) -> None:
         async with self._flushing:
             with suppress(StorageFailed):  # the records have logged it; resume() finds what is there
                 found = await self._store.run(self._read, OUTBOX.prefix(self._process))
-                await self._publisher.publish_all(filter(None, found.values()))
+                await self._publisher.publish_kept(filter(None, found.values()))
                 self._queued |= found.keys()
         removing = self._removing is not None and not self._removing.done()
         if self._queued and not removing and not self._closing.is_set():
@@ -112,7 +113,7 @@ class Outbox:
         with self._store.records.turn("outbox") as ours:
             if ours and (found := self._left()):
                 events = sorted(filter(None, found.values()), key=lambda event: event.at)
-                asyncio.run_coroutine_threadsafe(self._publisher.publish_all(events), loop).result()
+                asyncio.run_coroutine_threadsafe(self._publisher.publish_kept(events), loop).result()
                 self._remove(found)
                 log.info("webhook.resumed", events=len(found))
 

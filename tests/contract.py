@@ -363,7 +363,7 @@ class PushContract:
         digest = Digest.of(b"content")
         await refused(subject.registry.get_blob(subject.name("a"), digest), BlobUnknown, NameUnknown)
 
-    async def test_an_upload_that_is_suspended_is_gone_on_with(self, subject: Subject) -> None:
+    async def test_a_suspended_upload_is_resumed(self, subject: Subject) -> None:
         registry, name, digest = subject.registry, subject.name("a"), Digest.of(LARGE)
         upload = await registry.start_upload(name)
         for start in range(0, len(LARGE), 1_500_000):

@@ -247,7 +247,7 @@ async def test_an_upload_that_has_ended_cannot_be_followed(files: BlobFiles) -> 
 # Going on where a former upload was cut
 
 
-async def test_a_suspended_upload_is_gone_on_with(files: BlobFiles) -> None:
+async def test_a_suspended_upload_is_resumed(files: BlobFiles) -> None:
     digest = Digest.of(LARGE)
     upload = await files.resume(digest)
     assert upload.offset == 0

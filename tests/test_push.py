@@ -321,7 +321,7 @@ async def test_an_upload_is_of_its_repository_only(client: Client) -> None:
     await client.ask("DELETE", session)
 
 
-async def test_what_came_of_a_request_that_was_cut_is_gone_on_with(client: Client) -> None:
+async def test_an_upload_is_resumed_after_a_cut_request(client: Client) -> None:
     session = await client.started()
     ear = Ear()
     async with connect(client.site.url) as wire:
@@ -984,7 +984,7 @@ async def pushed(
 
 
 @pytest.mark.clients
-async def test_any_worker_goes_on_with_an_upload(place: Place) -> None:  # noqa: F811
+async def test_an_upload_is_resumed_by_any_worker(place: Place) -> None:  # noqa: F811
     place.tree |= {"access": OPEN}
     place.tree["namespaces"]["local"] = {"store": {}}
     server = await place.start()

@@ -1,4 +1,4 @@
-"""Uploads that servers without a common directory go on with: each request may be received by another one."""
+"""Uploads that servers without a common directory resume: each request may reach another server."""
 
 from __future__ import annotations
 

@@ -40,7 +40,6 @@ MANIFEST_BATCH = 64  # manifests stored in one transaction, after their blobs ar
 WORKERS = 4  # threads that read and hash
 
 _ParsedManifest: TypeAlias = tuple[Manifest, ManifestContent]
-_TimedLink: TypeAlias = tuple[Tag, TagLink, float]  # when it counts as pushed here
 
 
 @dataclass(frozen=True, slots=True)

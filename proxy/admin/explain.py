@@ -15,7 +15,7 @@ from proxy.admin.measuring import Measured
 from proxy.admin.models import OwnerRow
 from proxy.admin.reports import AbsenceRow, HostRow, UpstreamRow, Verdict, Why
 from proxy.cache.absences import Absences
-from proxy.config.hosts import normal_host
+from proxy.config.hosts import normal_host, path_of
 from proxy.config.schema import Config, NamespaceConfig
 from proxy.namespaces.composition import Composition
 from proxy.namespaces.references import ImageReference
@@ -137,6 +137,8 @@ class Explainer:
         name = image.namespace
         if slash and first.lower() == name:
             return "the name begins with it"
+        if slash and first.lower() == path_of(name):
+            return "the name begins with it, with _ in place of the colon"
         names = (name, *self._namespace(name).aliases)
         if slash and normal_host(first) in map(normal_host, names):
             return f"{first} is an alias of it"

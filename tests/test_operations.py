@@ -765,9 +765,9 @@ async def test_why_what_is_not_cached(site: Site, clock: Clock) -> None:
     found = await why(site, "index.docker.io/other:v2")
     assert (found.verdict, found.digest, found.stored, found.complete) == ("miss", None, False, False)
     assert found.qualified == "index.docker.io is an alias of it"
-    found = await why(site, "LAN_5000/app:1")
-    assert found.repository == "lan:5000/app"
-    assert found.qualified == "the name begins with it, with _ in place of the colon"
+    port = await why(site, "LAN_5000/app:1")
+    assert port.repository == "lan:5000/app"
+    assert port.qualified == "the name begins with it, with _ in place of the colon"
     assert (found.fresh_rule, found.fresh_for) == ("namespaces.docker.io.tags[0]", None)
     assert (found.keep_rule, found.keep_for) == ("disk.keep_for", None)
     alone = upstream(open=True, until=clock() + 5, error="no")

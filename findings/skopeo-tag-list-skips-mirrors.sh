@@ -4,7 +4,8 @@
 # Actual: the list of tags never comes from a mirror. `skopeo list-tags` asks the registry alone, and so
 #   does the second half of `skopeo inspect`, which lists all tags of the repository to print RepoTags:
 #   with the registry unreachable it exits 1 although manifest and config came from the mirror.
-#   `--no-tags` or `--raw` avoids it.
+#   `--no-tags` or `--raw` avoids it. Nor does it come from where a table says that the registry is, by `prefix` and
+#   another `location`.
 # Versions: skopeo 1.9.3+ds1-1+b10 (Debian 12).
 # Why a registry cache must care: a node that reaches only the cache can pull, but not inspect or list by
 #   the image's own name; an absence of `tags/list` in the cache's log does not mean that nobody lists.
@@ -82,12 +83,12 @@ with open("registries.conf", "w") as conf:
     )
 
 
-def skopeo(*args: str) -> tuple[int, list[str], list[str]]:
+def skopeo(*args: str, conf: str = "registries.conf") -> tuple[int, list[str], list[str]]:
     """The exit code, and the paths that the registry and the mirror were asked for."""
     origin.paths.clear()
     mirror.paths.clear()
     done = subprocess.run(
-        [os.environ["SKOPEO"], "--registries-conf", "registries.conf", *args],
+        [os.environ["SKOPEO"], "--registries-conf", conf, *args],
         capture_output=True, text=True, timeout=30, check=False,
     )
     print(f"$ skopeo {' '.join(args)}: exit {done.returncode}")
@@ -96,10 +97,15 @@ def skopeo(*args: str) -> tuple[int, list[str], list[str]]:
     return done.returncode, list(origin.paths), list(mirror.paths)
 
 
+with open("located.conf", "w") as conf:
+    conf.write(f'[[registry]]\nprefix = "{name}"\nlocation = "127.0.0.1:{mirror.server_port}"\ninsecure = true\n')
 repository = f"docker://{name}/app"
 listed = skopeo("list-tags", repository)
 inspected = skopeo("inspect", f"{repository}:v1")
 untagged = skopeo("inspect", "--no-tags", f"{repository}:v1")
+print("With another location in place of the mirror:")
+located = skopeo("list-tags", repository, conf="located.conf")
+located_untagged = skopeo("inspect", "--no-tags", f"{repository}:v1", conf="located.conf")
 origin.shutdown()
 origin.server_close()
 print("The registry is stopped, the mirror is not:")
@@ -111,6 +117,8 @@ holds = (
     and inspected[:2] == (0, ["/v2/", "/v2/app/tags/list"])
     and "/v2/app/manifests/v1" in inspected[2]
     and untagged[:2] == (0, [])
+    and located == (0, ["/v2/", "/v2/app/tags/list"], [])
+    and located_untagged[:2] == (0, [])
     and alone[0] == 1
     and "/v2/app/manifests/v1" in alone[2]
     and alone_untagged[0] == 0

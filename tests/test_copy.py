@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -198,6 +199,9 @@ async def test_one_platform_gets_the_tag(ground: Ground) -> None:
         ManifestUnknown, match="the index has no image for linux/riscv64: linux/amd64, linux/arm64"
     ):
         await ground.copy("1")
+    ground.source.index("a", "2", [replace(images[0], platform="")])
+    with pytest.raises(ManifestUnknown, match="no image for linux/riscv64: it names no platform"):
+        await ground.copy("2")
 
 
 async def test_one_platform_with_several_images(ground: Ground) -> None:

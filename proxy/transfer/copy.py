@@ -150,7 +150,7 @@ class Copier:
             )
             raise ManifestUnknown(
                 f"the index has {'several images' if fit else 'no image'}"
-                f" for {self._rules.platforms[0]}: {has}"
+                f" for {self._rules.platforms[0]}: {has or 'it names no platform'}"
             )
         return next(iter(fit))
 

@@ -76,9 +76,9 @@ def _unread(policy: PolicyConfig) -> Iterator[str]:
                 yield f"rule {rule.name}: {error}"
 
 
-def _load(path: Path | None, settings: Sequence[Setting] = ()) -> Config:
+def _load(path: Path | None) -> Config:
     try:
-        return load(path, settings=settings)
+        return load(path)
     except ConfigError as error:
         complain(str(error))
         sys.exit(2)

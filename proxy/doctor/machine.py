@@ -71,9 +71,9 @@ class Machine:
         return make("namespaces", client, message, advice)
 
 
-def origin(text: str, scheme: str = "https") -> URL | None:
+def origin(text: str) -> URL | None:
     """The origin of a URL, or of a host without a scheme; None for other text."""
     try:
-        return URL(text if "://" in text else f"{scheme}://{text}").origin()
+        return URL(text if "://" in text else f"https://{text}").origin()
     except ValueError:
         return None

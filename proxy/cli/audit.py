@@ -32,8 +32,8 @@ from storage.names import written
 def audit(call: CommandContext, words: tuple[str, ...], limit: int) -> None:
     """List the last recorded acts.
 
-    Prints the last lines of the audit log (audit.file), the latest first. With WORDs, those that have all of
-    them in their values, such as: refused ann.
+    Prints the last lines of the audit log (audit.file), the latest first. With WORDs, prints only lines whose
+    values contain all of them, such as: refused ann.
     """
     call.ask(lambda operations: operations.audit(" ".join(words), limit), audit_tables)
 

@@ -42,7 +42,8 @@ def backup(call: CommandContext, directory: Path, cache: bool) -> None:
     """Back up the private registry.
 
     Writes its content and records, API keys, keys that sign tokens, and pins to DIRECTORY, while the server
-    serves. Again into the same DIRECTORY, it copies only what is new. Blobs are hard links where possible.
+    serves. The next backup into the same DIRECTORY copies only what is new. Blobs are hard links where
+    possible.
     """
 
     async def work() -> None:
@@ -92,8 +93,8 @@ async def _back_up(call: CommandContext, config: Config, directory: Path, cache:
 def restore(call: CommandContext, directory: Path, without_damaged: bool) -> None:
     """Restore a backup into an empty directory.
 
-    Restores DIRECTORY, which entrepot backup has made, into disk.path of the configuration, and verifies
-    every blob. Start the server afterwards. Run it again if it was interrupted.
+    Restores DIRECTORY, which entrepot backup made, into disk.path of the configuration, and verifies every
+    blob. Start the server afterwards. Run the command again after an interruption.
     """
 
     async def work() -> None:

@@ -56,8 +56,8 @@ def show(
 ) -> None:
     """Show the values that are set, and where.
 
-    Prints each key with its value, and what has set it: a file with the line, a variable, or --set. Secrets
-    are shown as ***.
+    Prints each key with its value and its source: a file with the line, a variable, or --set. Shows secrets
+    as ***.
     """
     from proxy.config.effective import effective
 

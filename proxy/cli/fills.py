@@ -29,8 +29,9 @@ from storage.names import written
 def fills(call: CommandContext, watch: bool) -> None:
     """List transfers in flight, and kept parts.
 
-    EXTENTS shows which bytes of each blob are there, which are coming now, and which are missing. CONNECTIONS
-    is how many bring it, and REPEATED what came and was dropped, as another one brings it.
+    EXTENTS shows which bytes of each blob are stored, in transfer, and missing. CONNECTIONS is the number of
+    connections that transfer it. REPEATED is the number of bytes that were dropped because another connection
+    transfers them.
     """
 
     async def work(operations: Operations) -> None:

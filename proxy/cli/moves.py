@@ -49,8 +49,8 @@ def migrate(call: CommandContext, where: str, dry_run: bool, no_caches: bool) ->
     """Move stored content to other engines.
 
     Moves the private registry between the disk and the bucket and database of `shared`, while the server
-    serves; copies what caches have, if they share it. The server then uses the new place. Run it again if it
-    was interrupted.
+    serves. Also copies what the caches have stored, if they share it. The server then uses the new place. Run
+    the command again after an interruption.
     """
 
     async def work() -> None:
@@ -185,8 +185,7 @@ def _after(found: EngineMoved) -> list[str]:
 def reload(call: CommandContext) -> None:
     """Read the configuration of the server again.
 
-    As SIGHUP does: a valid one is applied, without ending a transfer. The log of the server says what came of
-    it.
+    Like SIGHUP: the server applies a valid configuration without ending a transfer, and logs the result.
     """
 
     async def work(operations: Operations) -> None:

@@ -45,9 +45,9 @@ def policy() -> None:
 def check(file: Path) -> None:
     """Check the policy in a file.
 
-    FILE is a configuration, of which `policy` may be the only key. Names rules that can never decide, since
-    one before them matches all that they match, and expressions that cannot be read, and exits with 1 if
-    there are any. The files of signers are not read: see `entrepot check`.
+    FILE is a configuration; `policy` may be its only key. Lists rules that can never decide, because an
+    earlier rule matches everything that they match, and invalid expressions. Exits with 1 if it finds any.
+    Does not read the files of signers: see `entrepot check`.
     """
     from proxy.policy.coverage import unreachable
 
@@ -110,8 +110,8 @@ def run_cases(call: CommandContext, cases: Path, path: Path | None, settings: tu
     """Test the policy against expected verdicts.
 
     CASES is a YAML list such as `- {image: docker.io/library/alpine:latest, expect: deny, rule: no-latest}`.
-    What is expected is allow, deny, or verify for a rule whose conditions the content has to meet. Only names
-    are looked at. Exits with 1 if a verdict is another one.
+    `expect` is allow, deny, or verify for a rule with conditions on the content. Only names are compared.
+    Exits with 1 if a verdict differs.
     """
 
     async def work() -> None:
@@ -290,7 +290,7 @@ def make_override(
 ) -> None:
     """Serve an image against the policy for some time.
 
-    REF is a tag or a digest. Every answer that is given only because of this has a warning.
+    REF is a tag or a digest. Every answer that depends on the exception has a warning.
     """
     if end and (seconds is not None or reason is not None):
         raise click.UsageError("--end takes neither --for nor --reason")
@@ -335,9 +335,9 @@ def ended_tables(found: policy_reports.OverrideRow, now: float) -> Sequence[Tabl
 def replay_pulls(call: CommandContext, file: Path, period: str) -> None:
     """Judge past pulls by another policy.
 
-    FILE is a configuration, of which `policy` may be the only key. Lists what it would have refused, or would
-    have had to verify, and for whom, of the pulls that the server has recorded (policy.journal). Only names
-    are looked at. Exits with 1 if something would have been refused.
+    FILE is a configuration; `policy` may be its only key. Lists recorded pulls (policy.journal) that this
+    policy would have refused or would have had to verify, and their users. Looks only at names. Exits with 1
+    if the policy would have refused a pull.
     """
 
     async def work(operations: Operations) -> None:

@@ -685,7 +685,7 @@ async def test_a_cut_image_whose_ranges_fail_comes_whole(
     tmp_path: Path, upstream: Upstream, clock: Clock, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     rig, sleep = Rig(tmp_path, upstream, clock, clock), asyncio.sleep
-    rig.turns = Slots(5)
+    rig.turns = Slots(12)
     rig.fills = Fills(rig.store, rig.metrics, rig.turns, ticks=clock)
 
     async def pass_time(seconds: float) -> None:
@@ -695,7 +695,7 @@ async def test_a_cut_image_whose_ranges_fail_comes_whole(
 
     monkeypatch.setattr(asyncio, "sleep", pass_time)
     monkeypatch.setattr(readers, "LOOK", 0.0)
-    layers = [content_of(SIZE // 4, number) for number in range(5)]
+    layers = [content_of(SIZE // 4, number) for number in range(12)]
     digests = [Digest(upstream.blob("a/b", layer)) for layer in layers]
     for digest in digests:
         upstream.next("GET", digest, Reset(after=200_000))

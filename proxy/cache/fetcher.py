@@ -169,18 +169,23 @@ class Fetcher:
                     begun = isinstance(error, Unavailable) or offset > 0
                     if failures.enough or not begun or not await self._promised():
                         raise
-                    # If it is down, that says nothing of ranges, and what is there need not come again.
-                    if failures.number and await answers(self._resolve, error):
-                        failures.refusals += 1
-                    self._whole = failures.of_ranges
                     self._fill.log.warning("fill.interrupted", offset=offset, error=str(error))
-                    if not failures.number:
-                        continue
-                    wait = min(error.retry_after or 0.0, LONGEST_WAIT)
-                    backoff = self._backoff * 2 ** (failures.number - 1)
-                    await self._pause(max(wait, min(backoff, HELD)))
-                if (left := backoff - max(wait, HELD)) > 0:
-                    await self._pause(left)
+                if failures.number:
+                    await self._wait_after(error, failures)
+                self._whole = failures.of_ranges
+
+    async def _wait_after(self, error: RegistryError, failures: _FailedAttempts) -> None:
+        """Wait for the next attempt, then count the last one if the origin is up: it may refuse ranges."""
+        refusals, wait = self._transfers.refusals, min(error.retry_after or 0.0, LONGEST_WAIT)
+        backoff = self._backoff * 2 ** (failures.number - 1)
+        with refusals.held():
+            await self._pause(max(wait, min(backoff, HELD)))
+        if (left := backoff - max(wait, HELD)) > 0:
+            await self._pause(left)
+        with refusals.held():
+            # After the wait, since refused ranges may be why the host was not asked.  If it is down,
+            # that says nothing of ranges, and what is there need not come again.
+            failures.refusals += await answers(self._resolve, error)
 
     async def _pause(self, seconds: float) -> None:
         """Wait so long, or until other transfers have brought what is missing."""
